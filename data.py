@@ -368,8 +368,7 @@ class LookConfig:
 
 def main():
     from model import parse_flags  # the only thing of ours that this file uses, and only as a script
-    arguments = ["--command=look" if word == "look" else word for word in sys.argv[1:2]] + sys.argv[2:]
-    config, look = parse_flags((DataConfig, LookConfig), __doc__, argv=arguments)
+    config, look = parse_flags((DataConfig, LookConfig), __doc__, positional="command")
     try:
         data = load_data(config)
         index = torch.arange(min(24, data.train_images or 24))

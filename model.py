@@ -25,11 +25,15 @@ MUP_BASE_WIDTH = 64  # under mup, `lr` is the rate of a model of this width
 TIME_FEATURES = 256  # sines and cosines that a time is turned into, as in DiT
 
 
-def parse_flags(types, description, presets={}, argv=None):
+def parse_flags(types, description, presets={}, positional=None, rest=False, argv=None):
     """One instance of each dataclass from the command line. What is wrong is one line, and exit status 2.
 
     presets: {name: defaults that --preset name puts in the place of the fields' own}; a flag given wins over both.
+    positional: the field that a first word without a flag is for. rest: return what is not understood as a last list.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
     parser = HfArgumentParser(types, description=description.splitlines()[0], allow_abbrev=False)
 
     def error(message):
@@ -44,6 +48,8 @@ def parse_flags(types, description, presets={}, argv=None):
         *configs, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ValueError as problem:
         error(problem)
+    if rest:
+        return [*configs, unknown]
     if unknown:
         error(f"unknown flag or value {' '.join(unknown)} (--help lists the flags)")
     return configs
@@ -240,3 +246,39 @@ class DiT(nn.Module):
         if count == "6nd":
             return 6 * self.count_parameters()["blocks"] * sum(self.tokens().values())
         return 3 * sum(self.count_flops().values())
+
+
+def family(name):
+    """[(depth, width), ...] of the named family: the sizes whose runs make a law.
+
+    "paper": widths of 64 * depth, 2 to 15 layers, and the 27 layers of the billion that the paper extrapolates to
+    (arXiv 2410.08184; the aspect is our choice, it brackets every optimum of theirs). "quick": one depth and
+    widths in steps of a third or less. On a laptop a constant aspect leaves three sizes between the first and the last
+    useful one, and every added layer makes a jump in the loss that a parabola can't follow.
+    """
+    if name == "paper":
+        return [(depth, 64 * depth) for depth in [*range(2, 16), 27]]
+    return [(2, width) for width in (16, 24, 32, 40, 48, 64, 80, 96, 128)]
+
+
+# The input that a family's FLOPs are counted for: latents of a 256-pixel image with CLIP ViT-L/14 text, and small scenes.
+FAMILY_INPUT = {"paper": dict(channels=4, size=32, text_tokens=77, text_dim=768),
+                "quick": dict(channels=3, size=16, text_tokens=16, text_dim=64)}
+FAMILY_CONFIG = {"paper": dict(aspect=64, head_dim=64, qk_norm=False, parametrization="sp"), "quick": {}}
+
+
+def model_table(name):
+    """The family as lines of text: depth, width, N by group, tokens and training FLOPs of an image in both counts."""
+    lines = [f"{name}: depth   width    N blocks  N embedding   N head     N total  tokens  FLOPs/image     6ND   6ND/exact"]
+    for depth, width in family(name):
+        with torch.device("meta"):  # shapes without memory
+            model = DiT(ModelConfig(depth=depth, width=width, **FAMILY_CONFIG[name]), **FAMILY_INPUT[name])
+        N, exact, approximate = model.count_parameters(), model.flops_per_image(), model.flops_per_image("6nd")
+        lines.append(f"{depth:{len(name) + 7}d} {width:7d} {N['blocks']:11,d} {N['embedding']:12,d} {N['head']:8,d} {N['total']:11,d} "
+                     f"{sum(model.tokens().values()):7d} {exact:12.3e} {approximate:9.2e} {approximate / exact:10.3f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for name in FAMILY_INPUT:
+        print(model_table(name) + "\n")

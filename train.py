@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import flow
 from data import DataConfig, load_data, save_grid
-from model import DiT, ModelConfig, parse_flags
+from model import FAMILY_CONFIG, DiT, ModelConfig, parse_flags
 
 SCHEMA = 1
 MIN_STEPS, MIN_WARMUPS = 50, 5   # below 50 steps or 5 warm-ups a point says more of the start than of the budget
@@ -39,8 +39,7 @@ VALIDATION_SEED, VALIDATION_BATCH = 0, 128
 SAMPLES = 8                      # in the picture of a point
 PRESETS = {
     "quick": {},
-    "paper": dict(aspect=64, head_dim=64, qk_norm=False, parametrization="sp", lr=1e-4, batch=1024, micro_batches=64,
-                  warmup=100, count="6nd"),
+    "paper": dict(**FAMILY_CONFIG["paper"], lr=1e-4, batch=1024, micro_batches=64, warmup=100, count="6nd"),
 }
 # Dense bf16 peaks in FLOP/s, from the vendors' datasheets; a device that is not here gets no MFU rather than a wrong one.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12,
@@ -288,6 +287,14 @@ def point_folder(out, budget):
     return os.path.join(out, f"budget_{budget:.4g}")
 
 
+def definition_of(model_config, data_config, config):
+    """What defines a run, and so what a resumed one must agree with. The list of budgets is no part of it."""
+    settings = dataclasses.asdict(config)
+    for name in ("budget", "out", "preset", "device", "threads", "allow_drift"):
+        del settings[name]
+    return {"schema": SCHEMA, "model": dataclasses.asdict(model_config), "data": dataclasses.asdict(data_config), "train": settings}
+
+
 def check_earlier_run(out, definition, runtime, allow_drift):
     """Refuse to go on with a run that was begun with another definition, or (unless allowed) on another machine."""
     path = os.path.join(out, "config.json")
@@ -301,7 +308,7 @@ def check_earlier_run(out, definition, runtime, allow_drift):
         raise ValueError(f"{path}: torn, or not a configuration of isoflow: move it away or take another --out") from None
     if differs := differences(saved, definition):
         raise ValueError(f"--out {out} belongs to another configuration ({'; '.join(differs)}): take another --out")
-    if (differs := differences(saved_runtime, runtime)) and not allow_drift:
+    if not allow_drift and (differs := differences(saved_runtime, runtime)):
         raise ValueError(f"--out {out} was begun elsewhere ({'; '.join(differs)}), so its last bits would differ: "
                          f"take another --out, or --allow_drift")
 
@@ -359,12 +366,7 @@ def train(model_config, data_config, config):
         if target[budget] == target[larger]:
             raise ValueError(f"--budget {budget:g} {larger:g}: both are {target[budget]} steps; take budgets further apart")
 
-    # What defines the run, and so what a resumed run must agree with. The list of budgets is no part of it.
-    settings = dataclasses.asdict(config)
-    for name in ("budget", "out", "preset", "device", "threads", "allow_drift"):
-        del settings[name]
-    definition = {"schema": SCHEMA, "model": dataclasses.asdict(model_config), "data": dataclasses.asdict(data_config),
-                  "train": settings}
+    definition = definition_of(model_config, data_config, config)
     runtime = {"device": device_name, "devices": world, "threads": torch.get_num_threads(), "versions": {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     out = config.out or os.path.join("results", "train", run_name(model_config, config.seed))

@@ -1,0 +1,289 @@
+"""Which models and budgets make a law, and how is the grid run?
+
+    python sweep.py                        the quick grid on this machine, from nothing to law.png
+    python sweep.py --dry_run              what it would do: models, steps, FLOPs, time
+    python sweep.py --preset paper --dry_run
+    python sweep.py --data PATH --out results/mine --budget 1e11 1e12 --width 16 32 64
+
+Any flag of train.py can be given, and goes to every run. A sweep is nothing more than those commands: one run
+per model and seed, each to the last budget at which its size is useful, then `fit.py` on the results.
+"""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import List, Literal, Optional
+
+import torch
+from tqdm import tqdm
+
+import flow
+import train
+from data import DataConfig, load_data
+from model import FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
+
+# Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
+# paper, its own law; quick, the law of results/quick.
+EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.035, 0.5)}
+BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [1e11, 1.8e11, 3.2e11, 5.6e11, 1e12, 1.8e12, 3.2e12]}
+H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    preset: Literal["quick", "paper"] = field(default="quick", metadata={"help": "the family, budgets and training defaults"})
+    out: Optional[str] = field(default=None, metadata={"help": "folder of the sweep (default: results/my-PRESET)"})
+    budget: Optional[List[float]] = field(default=None, metadata={"help": "training FLOPs, rising (default: the preset's)"})
+    depth: Optional[List[int]] = field(default=None, metadata={"help": "depths; one for all widths, or one for each"})
+    width: Optional[List[int]] = field(default=None, metadata={"help": "widths (default: aspect * depth, or the preset's sizes)"})
+    seeds: List[int] = field(default_factory=lambda: [0], metadata={"help": "each size is run with each of these seeds"})
+    window: float = field(default=9.0, metadata={
+        "help": "train a size only to the last budget whose expected optimum is within this factor of it"})
+    jobs: Optional[int] = field(default=None, metadata={"help": "runs side by side (default: one a CPU core, or one a GPU)"})
+    dry_run: bool = field(default=False, metadata={"help": "print the grid and the total, and stop"})
+
+    def __post_init__(self):
+        if self.budget is not None and any(b >= c for b, c in zip(self.budget, self.budget[1:])):
+            raise ValueError(f"--budget {' '.join(f'{b:g}' for b in self.budget)}: budgets must rise")
+        if self.window <= 1:
+            raise ValueError(f"--window {self.window:g}: must be above 1")
+        if self.jobs is not None and self.jobs < 1:
+            raise ValueError(f"--jobs {self.jobs}: must be at least 1")
+        if self.width and self.depth and len(self.depth) not in (1, len(self.width)):
+            raise ValueError(f"--depth has {len(self.depth)} numbers and --width {len(self.width)}: give one depth, or one for each")
+
+
+@dataclass
+class Run:
+    """One train.py: its command line, what it will cost, how it goes."""
+    name: str
+    folder: str
+    arguments: list        # the flags of train.py
+    configs: tuple         # ModelConfig, DataConfig, TrainConfig
+    N: int
+    steps: dict            # {budget: steps}
+    step_flops: float      # exact count, the one that takes time
+    tokens: int
+    step_seconds: Optional[float] = None
+    process: Optional[subprocess.Popen] = None
+    tries: int = 0
+    status: str = "waiting"
+
+
+def plan(sweep, flags):
+    """The runs of a sweep, and the cells that are left out with the reason. Raises ValueError for what can't be run.
+
+    A size is trained to the last budget at which it is still of use: while its N is not more than `window` times smaller
+    than the expected optimum. Everything before that comes free, because it is on the way. A size more than `window`
+    times larger than the optimum of the largest budget is left out, and so is a cell of too few steps.
+    """
+    budgets = sweep.budget or BUDGETS[sweep.preset]
+    if sweep.width:
+        depths = sweep.depth or [2]
+        sizes = list(zip(depths * len(sweep.width) if len(depths) == 1 else depths, sweep.width))
+    else:
+        sizes = [(depth, None) for depth in sweep.depth] if sweep.depth else family(sweep.preset)
+    coefficient, exponent = EXPECTED_OPTIMUM[sweep.preset]
+    runs, left_out = [], []
+    for depth, width in sizes:
+        for seed in sweep.seeds:
+            arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), *(["--width", str(width)] if width else []),
+                         "--seed", str(seed), "--budget", *(f"{budget:g}" for budget in budgets)]
+            configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), __doc__, train.PRESETS, argv=arguments)
+            model_config, data_config, config = configs
+            shape = dict(channels=3, size=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim)
+            if sweep.preset == "paper" and "--data" not in flags:
+                shape = FAMILY_INPUT["paper"]
+            with torch.device("meta"):
+                model = DiT(model_config, **shape)
+            N, steps = model.count_parameters()["blocks"], {}
+            for budget in budgets:
+                optimum = coefficient * budget ** exponent
+                if N < optimum / sweep.window:
+                    left_out.append((model_config, budget, f"the optimum is near {optimum:.2g} parameters"))
+                    continue
+                try:
+                    steps[budget] = train.steps_for(budget, model, config)
+                except ValueError:
+                    left_out.append((model_config, budget, f"fewer than {max(train.MIN_STEPS, train.MIN_WARMUPS * config.warmup)} steps"))
+            if N > sweep.window * coefficient * budgets[-1] ** exponent:
+                steps = {}
+            if not steps:
+                left_out.append((model_config, None, "no budget at which this size is of use"))
+                continue
+            name = train.run_name(model_config, seed)
+            folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
+            arguments = arguments[:arguments.index("--budget")] + ["--budget", *(f"{budget:g}" for budget in steps), "--out", folder]
+            runs.append(Run(name, folder, arguments, configs, N, steps, config.batch * model.flops_per_image(),
+                            sum(model.tokens().values())))
+    if not runs:
+        raise ValueError("nothing to run: no size has a budget at which it is of use (see --budget, --width, --window)")
+    return runs, left_out
+
+
+def time_steps(runs, threads):
+    """Seconds of a training step of each size, by taking a few on this machine. None where a step is too large to try."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    timed = {}
+    for run in tqdm(runs, desc="timing a step of each size", leave=False):
+        model_config, data_config, config = run.configs
+        if run.step_flops > (1e15 if device.type == "cuda" else 1e11):
+            continue
+        if run.N not in timed:
+            data = load_data(dataclasses.replace(data_config, data="scenes"), 0, device)
+            model = DiT(model_config, **data.shape).to(device)
+            optimizer = torch.optim.AdamW(model.parameter_groups(config.lr), fused=True)
+            seconds = []
+            for step in range(1, 6):
+                start = time.perf_counter()
+                flow.loss_per_image(model, *train.training_batch(data, config, step, 0, 1, device)).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            timed[run.N] = sorted(seconds)[2]
+        run.step_seconds = timed[run.N]
+    torch.set_num_threads(before)
+
+
+def print_plan(runs, left_out, jobs, threads):
+    """The grid as a table, a line a cell; FLOPs and time of a line are what its budget adds to the one before."""
+    print(f"{'model':>24} {'N':>11} {'budget':>9} {'D (tokens)':>11} {'images':>11} {'steps':>8} {'FLOPs added':>12} {'time added':>11}")
+    total = separate = seconds = 0
+    for run in runs:
+        before = 0
+        for budget, steps in run.steps.items():
+            added = (steps - before) * run.step_flops
+            spent = f"{(steps - before) * run.step_seconds:9.0f} s" if run.step_seconds else f"{added / H100_FLOPS / 3600:7.3g} H100-h"
+            images = steps * run.configs[2].batch
+            print(f"{run.name:>24} {run.N:11,d} {budget:9.3g} {images * run.tokens:11.4g} {images:11,d} {steps:8,d} {added:12.3e} {spent:>11}")
+            separate += steps * run.step_flops
+            before = steps
+        total += before * run.step_flops
+        seconds += before * (run.step_seconds or 0)
+    for config, budget, reason in left_out:
+        print(f"left out: depth {config.depth}, width {config.width}" + (f", budget {budget:g}" if budget else "") + f": {reason}")
+    cells = sum(len(run.steps) for run in runs)
+    print(f"total: {len(runs)} runs, {cells} points, {total:.3g} FLOPs ({total / separate:.0%} of the {separate:.3g} of separate runs)")
+    if seconds:
+        longest = max(max(run.steps.values()) * run.step_seconds for run in runs)
+        print(f"estimated time: {max(seconds / jobs, longest) / 60:.0f} minutes of training with {jobs} jobs of {threads} "
+              f"thread{'s' * (threads > 1)}; validation and pictures add up to a fifth")
+    else:
+        print(f"estimated time: {total / H100_FLOPS / 3600:,.0f} H100-hours at 40% MFU")
+
+
+def check_folder(run):
+    """Raises ValueError where the folder belongs to another configuration or holds a torn record. -> all budgets done?"""
+    _, precision, *_ = train.find_device(run.configs[2])
+    definition = train.definition_of(run.configs[0], run.configs[1], dataclasses.replace(run.configs[2], precision=precision))
+    train.check_earlier_run(run.folder, definition, None, allow_drift=True)
+    paths = [os.path.join(train.point_folder(run.folder, budget), "result.json") for budget in run.steps]
+    return all([train.read_record(path) is not None for path in paths])
+
+
+def progress(run):
+    """Steps that a run has done, from the last whole line of its log."""
+    if run.status == "done":
+        return max(run.steps.values())
+    try:
+        with open(os.path.join(run.folder, "log.jsonl"), "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - 1000))
+            return json.loads(file.read().split(b"\n")[-2])["step"]
+    except (OSError, IndexError, json.JSONDecodeError, KeyError):
+        return 0
+
+
+def start(run, number, threads):
+    """Start train.py for a run; what it prints goes to output.txt in its folder."""
+    os.makedirs(run.folder, exist_ok=True)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    if torch.cuda.is_available():
+        environment.setdefault("CUDA_VISIBLE_DEVICES", str(number % torch.cuda.device_count()))
+    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *run.arguments]
+    if "--threads" not in run.arguments:
+        command += ["--threads", str(threads)]
+    with open(os.path.join(run.folder, "output.txt"), "a") as output:
+        run.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    run.tries, run.status = run.tries + 1, "running"
+
+
+def run_all(runs, jobs, threads):
+    """Run the grid, the longest first, `jobs` at a time; a run that fails is tried once more. -> the runs that failed."""
+    waiting = sorted((run for run in runs if run.status == "waiting"),
+                     key=lambda run: -max(run.steps.values()) * (run.step_seconds or run.step_flops))
+    running, failed = [], []
+    weight = {id(run): run.step_seconds or run.step_flops for run in runs}   # the bar counts time rather than steps
+    total = sum(max(run.steps.values()) * weight[id(run)] for run in runs)
+    done = sum(progress(run) * weight[id(run)] for run in runs)
+    with tqdm(total=100, initial=100 * done / total, desc="grid", unit="%", smoothing=0.02,
+              bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go {postfix}") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    start(run, runs.index(run), threads)
+                    running.append(run)
+                time.sleep(0.5)
+                for run in [run for run in running if run.process.poll() is not None]:
+                    running.remove(run)
+                    if run.process.returncode == 0:
+                        run.status = "done"
+                        continue
+                    with open(os.path.join(run.folder, "output.txt"), errors="replace") as output:
+                        reason = (output.read().strip().splitlines() or ["no output"])[-1]
+                    again = run.tries < 2 and run.process.returncode != 2   # 2: bad input, which no second try mends
+                    bar.write(f"{run.name} failed (exit {run.process.returncode}): {reason}" + ("; trying once more" if again else ""))
+                    run.status = "waiting" if again else "failed"
+                    (waiting if again else failed).append(run)
+                finished = sum(run.status == "done" for run in runs)
+                bar.set_postfix_str(f"{finished} of {len(runs)} runs done, now " + ", ".join(run.name for run in running))
+                bar.update(100 * sum(progress(run) * weight[id(run)] for run in runs) / total - bar.n)
+        finally:
+            for run in running:
+                run.process.terminate()
+    return failed
+
+
+def main():
+    sweep, flags = parse_flags((SweepConfig,), __doc__, rest=True)
+    out = sweep.out or f"results/my-{sweep.preset}"
+    try:
+        runs, left_out = plan(sweep, flags)
+        gpus = torch.cuda.device_count()
+        jobs = min(sweep.jobs or gpus or os.cpu_count(), len(runs))
+        threads = max(1, os.cpu_count() // jobs)
+        for run in runs:
+            run.status = "done" if not sweep.dry_run and check_folder(run) else "waiting"
+        time_steps([run for run in runs if run.status == "waiting"], threads)
+        if sweep.dry_run:
+            print_plan(runs, left_out, jobs, threads)
+            return
+        data_config = runs[0].configs[1]
+        load_data(data_config)  # fails here rather than in every run, and leaves real images in the cache of datasets
+    except ValueError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    cells = sum(len(run.steps) for run in runs)
+    print(f"{out}: {len(runs)} runs, {cells} points, {jobs} at a time with {threads} thread{'s' * (threads > 1)}; "
+          f"{sum(run.status == 'done' for run in runs)} are done (--dry_run shows the table)")
+    began = time.monotonic()
+    failed = run_all(runs, jobs, threads)
+    print(f"trained in {(time.monotonic() - began) / 60:.1f} minutes")
+    if failed:
+        print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders); "
+              f"the same command tries them again", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fit.py"), out]))
+
+
+if __name__ == "__main__":
+    main()
