@@ -123,7 +123,7 @@ class Scenes:
     Sizes follow a power law and shapes occlude each other like fallen leaves, which is what gives natural images their
     statistics (Ruderman 1997; Lee, Mumford, Huang 2001); larger ones lie below, so that what a caption names can be
     seen. Only operations with one correct answer are used (integers, + - * /, square roots, comparisons, look-ups),
-    so CPU and GPU draw the same bits. `scenes-ood` is the same world with more, smaller shapes and other colours.
+    so CPU and GPU draw the same bits. `scenes-ood` is the same world with more and larger shapes and other colours.
     """
 
     def __init__(self, config, seed=0, device="cpu"):
@@ -131,7 +131,7 @@ class Scenes:
         self.train_images = None  # endless
         ood = config.data == "scenes-ood"
         self.counts = quantiles([1, 2, 5] if ood else [1, 1, 1]).to(device) + 1
-        self.radii = (power_law_radii(3, 0.09, 0.35) if ood else power_law_radii(2, 0.12, 0.5)).to(device)
+        self.radii = (power_law_radii(1.5, 0.15, 0.6) if ood else power_law_radii(2, 0.12, 0.5)).to(device)
         self.colours = quantiles([1, 2, 4, 1, 4, 1, 4, 2] if ood else [1] * len(COLOURS)).to(device)
         turn = 2 * np.pi * np.arange(256) / 256
         self.turns = torch.tensor(np.stack([np.cos(turn), np.sin(turn)], -1)).float().to(device)
@@ -243,7 +243,10 @@ def to_pixels(image, resolution):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.BICUBIC))
+    side = min(image.size)
+    left, upper = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, upper, left + side, upper + side))
+    return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))  # pillow's averages over the area
 
 
 class Images:

@@ -187,8 +187,8 @@ class DiT(nn.Module):
         image = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)       # (B, T_image, p*p*channels)
         image = self.patch_in(image) + self.image_positions                          # (B, T_image, W)
         text = self.text_in(text) + self.text_positions                              # (B, S, W)
-        time = self.time_in(sincos(1000 * t, TIME_FEATURES))[:, None]                # (B, 1, W)
-        tokens = torch.cat([time.type_as(image), text.type_as(image), image], dim=1)  # (B, T, W)
+        time = self.time_in(sincos(1000 * t, TIME_FEATURES).type_as(x_t))[:, None]   # (B, 1, W)
+        tokens = torch.cat([time, text, image], dim=1)                               # (B, T, W)
         mask = F.pad(text_mask, (1, self.image_tokens), value=True)[:, None, None]   # (B, 1, 1, T): which keys are seen
         for block in self.blocks:
             tokens = block(tokens, mask)

@@ -27,8 +27,8 @@ from model import FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
 
 # Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
 # paper, its own law; quick, the law of results/quick.
-EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.035, 0.5)}
-BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [1e11, 1.8e11, 3.2e11, 5.6e11, 1e12, 1.8e12, 3.2e12]}
+EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.045, 0.5)}
+BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [8e10, 1.4e11, 2.5e11, 4.5e11, 8e11, 1.4e12, 2.5e12]}
 H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
 
 
@@ -40,7 +40,7 @@ class SweepConfig:
     depth: Optional[List[int]] = field(default=None, metadata={"help": "depths; one for all widths, or one for each"})
     width: Optional[List[int]] = field(default=None, metadata={"help": "widths (default: aspect * depth, or the preset's sizes)"})
     seeds: List[int] = field(default_factory=lambda: [0], metadata={"help": "each size is run with each of these seeds"})
-    window: float = field(default=9.0, metadata={
+    window: float = field(default=8.0, metadata={
         "help": "train a size only to the last budget whose expected optimum is within this factor of it"})
     jobs: Optional[int] = field(default=None, metadata={"help": "runs side by side (default: one a CPU core, or one a GPU)"})
     dry_run: bool = field(default=False, metadata={"help": "print the grid and the total, and stop"})
@@ -181,7 +181,7 @@ def print_plan(runs, left_out, jobs, threads):
 
 def check_folder(run):
     """Raises ValueError where the folder belongs to another configuration or holds a torn record. -> all budgets done?"""
-    _, precision, *_ = train.find_device(run.configs[2])
+    _, precision, *_ = train.find_device(run.configs[2].device, run.configs[2].precision)
     definition = train.definition_of(run.configs[0], run.configs[1], dataclasses.replace(run.configs[2], precision=precision))
     train.check_earlier_run(run.folder, definition, None, allow_drift=True)
     paths = [os.path.join(train.point_folder(run.folder, budget), "result.json") for budget in run.steps]

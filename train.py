@@ -55,12 +55,12 @@ class TrainConfig:
         "help": "defaults of the other flags: quick (a laptop) or paper (arXiv 2410.08184)"})
     seed: int = field(default=0, metadata={"help": "of the weights, the order of the data and all noise in training"})
     count: Literal["exact", "6nd"] = field(default="exact", metadata={"help": "what a budget counts: every product, or 6*N*D"})
-    batch: int = field(default=32, metadata={"help": "images a step, over all devices (the paper: 1024)"})
+    batch: int = field(default=16, metadata={"help": "images a step, over all devices (the paper: 1024)"})
     micro_batches: int = field(default=4, metadata={
         "help": "equal parts of the batch with their own random numbers; the number of devices must divide it"})
     accumulate: int = field(default=1, metadata={"help": "forward passes a step on each device, to save memory"})
-    lr: float = field(default=0.004, metadata={"help": "learning rate after warm-up (mup: at width 64; the paper: 1e-4)"})
-    warmup: int = field(default=20, metadata={"help": "steps of linear warm-up, the same for every size and budget"})
+    lr: float = field(default=0.006, metadata={"help": "learning rate after warm-up (mup: at width 64; the paper: 1e-4)"})
+    warmup: int = field(default=10, metadata={"help": "steps of linear warm-up, the same for every size and budget"})
     weight_decay: float = field(default=0.0, metadata={"help": "of AdamW"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     caption_dropout: float = field(default=0.1, metadata={"help": "share of captions left out, for guidance"})
@@ -251,20 +251,20 @@ def validation_losses(model, data, config, rank=0, world=1):
     return losses, times
 
 
-def sample_images(model, data, config, index, steps=16, guidance=3.0, seed=VALIDATION_SEED):
+def sample_images(model, data, config, index, steps=16, solver="heun", guidance=3.0, seed=VALIDATION_SEED):
     """Samples for the captions of validation images `index`: (n, 3, R, R) uint8. Noise depends on (seed, index) alone."""
     k, text, text_mask = data.batch("validation", index)
     eps = torch.stack([torch.randn(k.shape[1:], generator=seeded("sample", seed, i)) for i in index.tolist()]).to(k.device)
     with autocast(k.device, config.precision):
-        x = flow.sample(model, eps, text, text_mask, steps=steps, guidance=guidance)
+        x = flow.sample(model, eps, text, text_mask, steps, solver, guidance)
     return ((x.float() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-def find_device(config):
+def find_device(device_flag, precision_flag):
     """-> torch.device, precision and the name and peak of the device. Raises ValueError where there is no such device."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if device_flag == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
-    kind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = "cuda" if device_flag != "cpu" and torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -272,7 +272,7 @@ def find_device(config):
     else:
         # On a CPU bfloat16 is a choice: at the widths a laptop can train, converting costs more than it saves.
         name, has_bfloat16 = f"CPU {platform.machine()} ({torch.backends.cpu.get_cpu_capability()})", False
-    precision = config.precision if config.precision != "auto" else "bfloat16" if has_bfloat16 else "float32"
+    precision = precision_flag if precision_flag != "auto" else "bfloat16" if has_bfloat16 else "float32"
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     return device, precision, name, peak
 
@@ -349,7 +349,7 @@ def train(model_config, data_config, config):
         raise ValueError(f"--micro_batches {config.micro_batches} is not divisible by the {world} processes of torchrun")
     if config.batch // world % config.accumulate:
         raise ValueError(f"--accumulate {config.accumulate} does not divide the {config.batch // world} images of a device")
-    device, precision, device_name, peak = find_device(config)
+    device, precision, device_name, peak = find_device(config.device, config.precision)
     config = dataclasses.replace(config, precision=precision)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -409,113 +409,112 @@ def train(model_config, data_config, config):
     say(json.dumps({**definition, "runtime": runtime}))
     say(f"N = {N['blocks']:,} in the blocks, {N['total']:,} in all; {model.flops_per_image():.4g} FLOPs an image; "
         f"{target[missing[-1]]:,} steps of {config.batch} images; {precision} on {device_name}")
-    log = open_log(os.path.join(out, "log.jsonl"), state["step"]) if rank == 0 else None
-    bar = tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step",
-               disable=rank > 0, smoothing=0.05, mininterval=1)
+    about = {"definition": json.dumps(definition), "shape": json.dumps(data.shape)}  # so that weights say what they are
     clock = saved_at = time.monotonic()
 
     def save_checkpoint():
         if rank == 0:
             content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                       "loss": loss, "smooth": smooth, "words": words, "state": state}
+                       "loss": loss, "smooth": smooth, "words": words, "state": state, **about}
             write_whole(checkpoint, lambda temporary: torch.save(content, temporary))
 
-    for budget in missing:
-        while state["step"] < target[budget]:
-            step = state["step"] + 1
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * min(1.0, step / config.warmup)
-            batch = training_batch(data, config, step, rank, world, device)
-            loss = torch.zeros((), device=device)
-            for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch)):
-                with autocast(device, precision):
-                    part_loss = flow.loss_per_image(network, *part).mean() / config.accumulate
-                part_loss.backward()
-                loss += part_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(weights, config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            # The average of the weights of steps 1 to now with weight step^gamma (Karras et al. 2024, eq. 127).
-            torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / step) ** (gamma + 1))
-            step_words = batch[4].sum()
-            start = flow.expected_start_loss(batch[0]) if step == 1 else torch.zeros((), device=device)
-            if world > 1:
-                for total in (loss, step_words, start):
-                    dist.all_reduce(total)
-                loss, start = loss / world, start / world
-            words, smooth = words + step_words, loss if step == 1 else 0.9 * smooth + 0.1 * loss
-            state["step"] = step
-            bar.update()
-            if step == 1:
-                state["start_loss"], state["start_loss_expected"] = loss.item(), start.item()
-                if rank == 0:
-                    bar.write(f"loss at start {loss.item():.4f}; expected 1 + E[x^2] = {state['start_loss_expected']:.4f}")
-            if step % LOG_STEPS == 0 or step == target[budget]:
-                # The only place where the device is waited for. A loss that is not finite stays so in its average.
-                average, gradient = smooth.item(), norm.item()
-                if not (math.isfinite(average) and math.isfinite(gradient)):
-                    reason = f"the loss or its gradient is not finite at or before step {step} (is --lr {config.lr:g} too large?)"
+    with (tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step", disable=rank > 0,
+               smoothing=0.05, mininterval=1 if sys.stderr.isatty() else 30) as bar,
+          open_log(os.path.join(out, "log.jsonl") if rank == 0 else os.devnull, state["step"]) as log):
+        for budget in missing:
+            while state["step"] < target[budget]:
+                step = state["step"] + 1
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * min(1.0, step / config.warmup)
+                batch = training_batch(data, config, step, rank, world, device)
+                loss = torch.zeros((), device=device)
+                for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch)):
+                    with autocast(device, precision):
+                        part_loss = flow.loss_per_image(network, *part).mean() / config.accumulate
+                    part_loss.backward()
+                    loss += part_loss.detach()
+                norm = torch.nn.utils.clip_grad_norm_(weights, config.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                # The average of the weights of steps 1 to now with weight step^gamma (Karras et al. 2024, eq. 127).
+                torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / step) ** (gamma + 1))
+                step_words = batch[4].sum()
+                start = flow.expected_start_loss(batch[0]) if step == 1 else torch.zeros((), device=device)
+                if world > 1:
+                    for total in (loss, step_words, start):
+                        dist.all_reduce(total)
+                    loss, start = loss / world, start / world
+                words, smooth = words + step_words, loss if step == 1 else 0.9 * smooth + 0.1 * loss
+                state["step"] = step
+                bar.update()
+                if step == 1:
+                    state["start_loss"], state["start_loss_expected"] = loss.item(), start.item()
                     if rank == 0:
-                        write_json(os.path.join(out, "failed.json"), {"step": step, "reason": reason})
-                    raise FloatingPointError(f"{out}: {reason}; the last checkpoint is kept")
-                now = time.monotonic()
-                state["seconds"], clock = state["seconds"] + now - clock, now
-                rate = step * step_flops / state["seconds"] / world
-                bar.set_postfix_str(f"loss {average:.4f}, {step * step_flops:.3g} FLOPs done, "
-                                    + (f"MFU {rate / peak:.1%}" if peak else f"{rate / 1e9:.0f} GFLOP/s"))
-                if rank == 0 and step % LOG_STEPS == 0:
-                    log.write(json.dumps({"step": step, "C": step * step_flops, "train_loss": loss.item(),
-                                          "train_loss_smooth": average, "grad_norm": gradient,
-                                          "lr": optimizer.param_groups[-1]["lr"], "seconds": round(state["seconds"], 3)}) + "\n")
-                    log.flush()
-                if now - saved_at > CHECKPOINT_SECONDS:
-                    save_checkpoint()
-                    saved_at = clock = time.monotonic()
+                        bar.write(f"loss at start {loss.item():.4f}; expected 1 + E[x^2] = {state['start_loss_expected']:.4f}")
+                if step % LOG_STEPS == 0 or step == target[budget]:
+                    # The only place where the device is waited for. A loss that is not finite stays so in its average.
+                    average, gradient = smooth.item(), norm.item()
+                    if not (math.isfinite(average) and math.isfinite(gradient)):
+                        reason = f"the loss or its gradient is not finite at or before step {step} (is --lr {config.lr:g} too large?)"
+                        if rank == 0:
+                            write_json(os.path.join(out, "failed.json"), {"step": step, "reason": reason})
+                        raise FloatingPointError(f"{out}: {reason}; the last checkpoint is kept")
+                    now = time.monotonic()
+                    state["seconds"], clock = state["seconds"] + now - clock, now
+                    rate = step * step_flops / state["seconds"] / world
+                    bar.set_postfix_str(f"loss {average:.4f}, {step * step_flops:.3g} FLOPs done, "
+                                        + (f"MFU {rate / peak:.1%}" if peak else f"{rate / 1e9:.0f} GFLOP/s"))
+                    if step % LOG_STEPS == 0:
+                        log.write(json.dumps({"step": step, "C": step * step_flops, "train_loss": loss.item(),
+                                              "train_loss_smooth": average, "grad_norm": gradient,
+                                              "lr": optimizer.param_groups[-1]["lr"], "seconds": round(state["seconds"], 3)}) + "\n")
+                        log.flush()
+                    if now - saved_at > CHECKPOINT_SECONDS:
+                        save_checkpoint()
+                        saved_at = clock = time.monotonic()
 
-        save_checkpoint()
-        bar.set_postfix_str(f"evaluating at {budget:g}")
-        clock = time.monotonic()
-        raw_losses, times = validation_losses(model, data, config, rank, world)
-        ema_losses, _ = validation_losses(ema, data, config, rank, world)
-        (val_loss, val_loss_se), (val_loss_ema, val_loss_ema_se) = map(flow.mean_and_standard_error, (raw_losses, ema_losses))
-        if rank == 0:
-            folder = point_folder(out, budget)
-            os.makedirs(folder, exist_ok=True)
-            index = torch.arange(min(SAMPLES, config.val_images))
-            samples = sample_images(ema, data, config, index)
-            save_grid(os.path.join(folder, "samples.png"), [data.batch("validation", index)[0], samples],
-                      data.captions("validation", index), f"{os.path.basename(out)}, budget {budget:g}: held-out image | "
-                      f"sample for its caption (EMA weights, 16 Heun steps, guidance 3)")
-            metadata = {"definition": json.dumps(definition), "shape": json.dumps(data.shape)}
-            write_whole(os.path.join(folder, "ema.safetensors"), lambda path: save_file(ema.state_dict(), path, metadata))
-            write_whole(os.path.join(folder, "val_losses_ema.npy"), lambda path: save_array(path, ema_losses.numpy()))
-        state["evaluation_seconds"] += time.monotonic() - clock
-        clock = time.monotonic()
-        step, tokens = state["step"], model.tokens()
-        images = step * config.batch
-        rate = step * step_flops / state["seconds"] / world
-        records[budget] = {
-            "schema": SCHEMA, "arch": model_config.arch, "depth": model_config.depth, "width": model_config.width,
-            "head_dim": model_config.head_dim, "parametrization": model_config.parametrization, "lr": config.lr,
-            "seed": config.seed, **{f"N_{group}": count for group, count in N.items()},
-            "budget": budget, "count": config.count, "C": step * step_flops, "C_6nd": images * model.flops_per_image("6nd"),
-            "D": images * sum(tokens.values()), **{f"D_{kind}": images * count for kind, count in tokens.items()},
-            "D_text_real": words.item(), "images": images, "steps": step, "batch": config.batch,
-            "epochs": images / data.train_images if data.train_images else None,
-            "train_loss": smooth.item(), "train_loss_plain": loss.item(), "val_loss": val_loss, "val_loss_se": val_loss_se,
-            "val_loss_ema": val_loss_ema, "val_loss_ema_se": val_loss_ema_se, "val_images": config.val_images,
-            "val_loss_ema_by_time": flow.loss_by_time(ema_losses, times),
-            "start_loss": state["start_loss"], "start_loss_expected": state["start_loss_expected"],
-            "data": data_config.data, "resolution": data_config.resolution, "captions": data_config.captions,
-            "device": device_name, "devices": world, "threads": torch.get_num_threads(), "precision": precision,
-            "seconds": state["seconds"], "evaluation_seconds": state["evaluation_seconds"],
-            "device_hours": state["seconds"] * world / 3600, "tflops": rate / 1e12, "mfu": rate / peak if peak else None,
-            "versions": runtime["versions"],
-        }
-        if rank == 0:
-            write_json(os.path.join(folder, "result.json"), records[budget])
-        bar.write(f"{budget:g} FLOPs: validation loss {val_loss_ema:.4f} +- {val_loss_ema_se:.4f} (EMA), {val_loss:.4f} (raw)")
-    bar.close()
+            save_checkpoint()
+            bar.set_postfix_str(f"evaluating at {budget:g}")
+            clock = time.monotonic()
+            raw_losses, times = validation_losses(model, data, config, rank, world)
+            ema_losses, _ = validation_losses(ema, data, config, rank, world)
+            (val_loss, val_loss_se), (val_loss_ema, val_loss_ema_se) = map(flow.mean_and_standard_error, (raw_losses, ema_losses))
+            if rank == 0:
+                folder = point_folder(out, budget)
+                os.makedirs(folder, exist_ok=True)
+                index = torch.arange(min(SAMPLES, config.val_images))
+                samples = sample_images(ema, data, config, index)
+                save_grid(os.path.join(folder, "samples.png"), [data.batch("validation", index)[0], samples],
+                          data.captions("validation", index), f"{os.path.basename(out)}, budget {budget:g}: held-out image | "
+                          f"sample for its caption (EMA weights, 16 Heun steps, guidance 3)")
+                write_whole(os.path.join(folder, "ema.safetensors"), lambda path: save_file(ema.state_dict(), path, about))
+                write_whole(os.path.join(folder, "val_losses_ema.npy"), lambda path: save_array(path, ema_losses.numpy()))
+            state["evaluation_seconds"] += time.monotonic() - clock
+            clock = time.monotonic()
+            step, tokens = state["step"], model.tokens()
+            images = step * config.batch
+            rate = step * step_flops / state["seconds"] / world
+            records[budget] = {
+                "schema": SCHEMA, "arch": model_config.arch, "depth": model_config.depth, "width": model_config.width,
+                "head_dim": model_config.head_dim, "parametrization": model_config.parametrization, "lr": config.lr,
+                "seed": config.seed, **{f"N_{group}": count for group, count in N.items()},
+                "budget": budget, "count": config.count, "C": step * step_flops, "C_6nd": images * model.flops_per_image("6nd"),
+                "D": images * sum(tokens.values()), **{f"D_{kind}": images * count for kind, count in tokens.items()},
+                "D_text_real": words.item(), "images": images, "steps": step, "batch": config.batch,
+                "epochs": images / data.train_images if data.train_images else None,
+                "train_loss": smooth.item(), "train_loss_plain": loss.item(), "val_loss": val_loss, "val_loss_se": val_loss_se,
+                "val_loss_ema": val_loss_ema, "val_loss_ema_se": val_loss_ema_se, "val_images": config.val_images,
+                "val_loss_ema_by_time": flow.loss_by_time(ema_losses, times),
+                "start_loss": state["start_loss"], "start_loss_expected": state["start_loss_expected"],
+                "data": data_config.data, "resolution": data_config.resolution, "captions": data_config.captions,
+                "device": device_name, "devices": world, "threads": torch.get_num_threads(), "precision": precision,
+                "seconds": state["seconds"], "evaluation_seconds": state["evaluation_seconds"],
+                "device_hours": state["seconds"] * world / 3600, "tflops": rate / 1e12, "mfu": rate / peak if peak else None,
+                "versions": runtime["versions"],
+            }
+            if rank == 0:
+                write_json(os.path.join(folder, "result.json"), records[budget])
+            bar.write(f"{budget:g} FLOPs: validation loss {val_loss_ema:.4f} +- {val_loss_ema_se:.4f} (EMA), {val_loss:.4f} (raw)")
     return list(records.values())
 
 
