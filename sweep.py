@@ -27,8 +27,8 @@ from model import FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
 
 # Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
 # paper, its own law; quick, the law of results/quick.
-EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.045, 0.5)}
-BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [8e10, 1.4e11, 2.5e11, 4.5e11, 8e11, 1.4e12, 2.5e12]}
+EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.0071, 0.56)}
+BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [8e10, 1.6e11, 3.2e11, 6.4e11, 1.28e12, 2.56e12]}
 H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
 
 
@@ -41,7 +41,7 @@ class SweepConfig:
     width: Optional[List[int]] = field(default=None, metadata={"help": "widths (default: aspect * depth, or the preset's sizes)"})
     seeds: List[int] = field(default_factory=lambda: [0], metadata={"help": "each size is run with each of these seeds"})
     window: float = field(default=8.0, metadata={
-        "help": "train a size only to the last budget whose expected optimum is within this factor of it"})
+        "help": "read a size only at the budgets whose expected optimum is within this factor of it"})
     jobs: Optional[int] = field(default=None, metadata={"help": "runs side by side (default: one a CPU core, or one a GPU)"})
     dry_run: bool = field(default=False, metadata={"help": "print the grid and the total, and stop"})
 
@@ -76,9 +76,8 @@ class Run:
 def plan(sweep, flags):
     """The runs of a sweep, and the cells that are left out with the reason. Raises ValueError for what can't be run.
 
-    A size is trained to the last budget at which it is still of use: while its N is not more than `window` times smaller
-    than the expected optimum. Everything before that comes free, because it is on the way. A size more than `window`
-    times larger than the optimum of the largest budget is left out, and so is a cell of too few steps.
+    A size is read at the budgets whose expected optimum is within a factor `window` of its N, so it is trained to the last
+    of them and no further; all others come free, because they are on the way. A cell of too few steps is left out.
     """
     budgets = sweep.budget or BUDGETS[sweep.preset]
     if sweep.width:
@@ -102,15 +101,13 @@ def plan(sweep, flags):
             N, steps = model.count_parameters()["blocks"], {}
             for budget in budgets:
                 optimum = coefficient * budget ** exponent
-                if N < optimum / sweep.window:
+                if not optimum / sweep.window <= N <= optimum * sweep.window:
                     left_out.append((model_config, budget, f"the optimum is near {optimum:.2g} parameters"))
                     continue
                 try:
                     steps[budget] = train.steps_for(budget, model, config)
                 except ValueError:
                     left_out.append((model_config, budget, f"fewer than {max(train.MIN_STEPS, train.MIN_WARMUPS * config.warmup)} steps"))
-            if N > sweep.window * coefficient * budgets[-1] ** exponent:
-                steps = {}
             if not steps:
                 left_out.append((model_config, None, "no budget at which this size is of use"))
                 continue

@@ -35,8 +35,9 @@ SCHEMA = 1
 MIN_STEPS, MIN_WARMUPS = 50, 5   # below 50 steps or 5 warm-ups a point says more of the start than of the budget
 CHECKPOINT_SECONDS = 60          # how much work a kill -9 may cost
 LOG_STEPS = 10                   # the losses of so many steps are fetched from the device at once
-VALIDATION_SEED, VALIDATION_BATCH = 0, 128
-SAMPLES = 8                      # in the picture of a point
+VALIDATION_SEED, VALIDATION_BATCH = 0, 64
+RAW_SHARE = 16                   # raw weights are compared with their average on one validation image in so many
+SAMPLES, SAMPLE_STEPS = 8, 8     # in the picture of a point
 PRESETS = {
     "quick": {},
     "paper": dict(**FAMILY_CONFIG["paper"], lr=1e-4, batch=1024, micro_batches=64, warmup=100, count="6nd"),
@@ -66,7 +67,7 @@ class TrainConfig:
     caption_dropout: float = field(default=0.1, metadata={"help": "share of captions left out, for guidance"})
     t_sampling: Literal["logit_normal", "uniform"] = field(default="logit_normal", metadata={"help": "distribution of t"})
     ema_width: float = field(default=0.1, metadata={"help": "relative width of the power-function average of the weights"})
-    val_images: int = field(default=1024, metadata={"help": "validation images, the same for every run"})
+    val_images: int = field(default=8192, metadata={"help": "validation images, the same for every run"})
     precision: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={
         "help": "of the products; auto: bfloat16 on a GPU that has it, else float32"})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to train"})
@@ -140,6 +141,8 @@ def write_whole(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save tells a full disk as a RuntimeError about positions
+        raise OSError(f"{path} could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -237,10 +240,16 @@ def validation_batches(data, images, rank=0, world=1):
         yield index, (to_data(k, u), eps, t, text, text_mask)
 
 
-def validation_losses(model, data, config, rank=0, world=1):
-    """Loss of each validation image (n,), and its time (n,): float32 on the CPU, complete on every rank."""
+def validation_losses(model, data, config, rank=0, world=1, first=None):
+    """Loss of each validation image (n,), and its time (n,): float32 on the CPU, complete on every rank.
+
+    first: only so many of them, in whole batches; the others are nan.
+    """
     losses, times = torch.zeros(config.val_images), torch.zeros(config.val_images)
     for index, batch in validation_batches(data, config.val_images, rank, world):
+        if first is not None and index[0] >= first:
+            losses[index] = math.nan
+            continue
         with autocast(batch[0].device, config.precision):
             losses[index] = flow.validation_loss(model, [batch])
         times[index] = batch[2].cpu()
@@ -476,17 +485,20 @@ def train(model_config, data_config, config):
             save_checkpoint()
             bar.set_postfix_str(f"evaluating at {budget:g}")
             clock = time.monotonic()
-            raw_losses, times = validation_losses(model, data, config, rank, world)
-            ema_losses, _ = validation_losses(ema, data, config, rank, world)
-            (val_loss, val_loss_se), (val_loss_ema, val_loss_ema_se) = map(flow.mean_and_standard_error, (raw_losses, ema_losses))
+            ema_losses, times = validation_losses(ema, data, config, rank, world)
+            val_loss_ema, val_loss_ema_se = flow.mean_and_standard_error(ema_losses)
+            # The raw weights, by their difference from the average on a part of the images: it varies far less than the loss.
+            raw_losses, _ = validation_losses(model, data, config, rank, world, first=max(2, config.val_images // RAW_SHARE))
+            gap, gap_se = flow.mean_and_standard_error((raw_losses - ema_losses)[raw_losses.isfinite()])
+            val_loss, val_loss_se = val_loss_ema + gap, math.hypot(val_loss_ema_se, gap_se)
             if rank == 0:
                 folder = point_folder(out, budget)
                 os.makedirs(folder, exist_ok=True)
                 index = torch.arange(min(SAMPLES, config.val_images))
-                samples = sample_images(ema, data, config, index)
+                samples = sample_images(ema, data, config, index, SAMPLE_STEPS)
                 save_grid(os.path.join(folder, "samples.png"), [data.batch("validation", index)[0], samples],
                           data.captions("validation", index), f"{os.path.basename(out)}, budget {budget:g}: held-out image | "
-                          f"sample for its caption (EMA weights, 16 Heun steps, guidance 3)")
+                          f"sample for its caption (EMA weights, {SAMPLE_STEPS} Heun steps, guidance 3)")
                 write_whole(os.path.join(folder, "ema.safetensors"), lambda path: save_file(ema.state_dict(), path, about))
                 write_whole(os.path.join(folder, "val_losses_ema.npy"), lambda path: save_array(path, ema_losses.numpy()))
             state["evaluation_seconds"] += time.monotonic() - clock

@@ -159,6 +159,7 @@ def test_start_loss_and_record(tmp_path):
     assert record["N_total"] == record["N_blocks"] + record["N_embedding"] + record["N_head"] == sum(p.numel() for p in model.parameters())
     losses = np.load(point(folder, 12) / "val_losses_ema.npy")
     assert record["val_loss_ema"] == pytest.approx(losses.mean(), rel=1e-6)
+    assert record["val_loss_se"] > record["val_loss_ema_se"]
     assert record["val_loss_ema_se"] == pytest.approx(losses.std(ddof=1) / 4, rel=1e-5)
     assert record["mfu"] is None and record["tflops"] > 0 and record["epochs"] is None
     assert (point(folder, 12) / "samples.png").stat().st_size > 1000
@@ -186,10 +187,10 @@ def test_power_function_average(tmp_path, monkeypatch):
     assert train.ema_exponent(0.1) == pytest.approx(6.94, abs=0.01) and train.ema_exponent(0.05) == pytest.approx(16.97, abs=0.01)
     seen = []
     real = train.validation_losses
-    monkeypatch.setattr(train, "validation_losses", lambda model, *rest: (
-        seen.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()])), real(model, *rest))[1])
+    monkeypatch.setattr(train, "validation_losses", lambda model, *rest, **first: (
+        seen.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()])), real(model, *rest, **first))[1])
     run(tmp_path / "run", *range(1, 13))
-    raw, ema = seen[0::2], seen[1::2]
+    ema, raw = seen[0::2], seen[1::2]
     gamma = train.ema_exponent(0.1)
     # Weights of the steps up to T that the recursion of beta = (1 - 1/k)^(gamma+1) implies: about k^gamma.
     for T in (1, 5, 12):
