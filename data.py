@@ -102,6 +102,7 @@ TEXTURES = ("plain", "striped", "checked")
 SIZES = ("small", "medium", "large")  # the words "plain" and "medium" go without saying
 PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 MAX_SHAPES = 3
+BLOCK = 256  # scenes drawn at once
 VALIDATION_START = 1 << 40  # validation images are those of seed 0 from this index on; no training run gets there
 
 
@@ -129,6 +130,7 @@ class Scenes:
     def __init__(self, config, seed=0, device="cpu"):
         self.config, self.seed, self.device = config, seed, torch.device(device)
         self.train_images = None  # endless
+        self.block, self.drawn = None, None
         ood = config.data == "scenes-ood"
         self.counts = quantiles([1, 2, 5] if ood else [1, 1, 1]).to(device) + 1
         self.radii = (power_law_radii(1.5, 0.15, 0.6) if ood else power_law_radii(2, 0.12, 0.5)).to(device)
@@ -216,14 +218,28 @@ class Scenes:
         return torch.cat([ground, words.flatten(1)], dim=1)
 
     def batch(self, split, index):
-        """index (B,) int64 -> images (B, 3, R, R) uint8, text (B, S, F), text_mask (B, S), all on the device."""
+        """index (B,) int64 -> images (B, 3, R, R) uint8, text (B, S, F), text_mask (B, S), all on the device.
+
+        A scene takes some 150 small operations, so a few cost as much as many: neighbours are drawn with it and kept.
+        """
+        block = int(index[0]) // BLOCK
+        if (index // BLOCK != block).any():
+            images, ids = self.make(split, index)
+        else:
+            if self.block != (split, block):
+                self.block, self.drawn = (split, block), self.make(split, torch.arange(block * BLOCK, (block + 1) * BLOCK))
+            images, ids = (drawn[(index % BLOCK).to(self.device)] for drawn in self.drawn)
+        return images, *self.text.features(ids)
+
+    def make(self, split, index):
+        """index (B,) -> images (B, 3, R, R) uint8 and word ids (B, S)."""
         scene = self.describe(split, index)
         words = self.caption_words(scene)
         words = words.gather(1, (words == 0).to(torch.uint8).argsort(dim=1, stable=True))        # left-out words last
         ids = self.word_ids[words[:, :self.config.text_tokens]]
         if ids.shape[1] < self.config.text_tokens:
             ids = torch.nn.functional.pad(ids, (0, self.config.text_tokens - ids.shape[1]))
-        return self.draw(scene), *self.text.features(ids)
+        return self.draw(scene), ids
 
     def captions(self, split, index):
         """The same captions as strings: "navy: large striped red disc north, small blue ring east"."""

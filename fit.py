@@ -83,6 +83,8 @@ def read_results(folder):
         for extra in sorted(file.parent.glob("metrics_*.json")):
             try:
                 found = json.loads(extra.read_text())
+                if found["schema"] != 1:
+                    raise ValueError
                 for name, m in found["metrics"].items():
                     if m["value"] is not None:  # null where evaluate.py refused the metric
                         record.setdefault("metrics", {})[f"{name} on {found['data']}"] = float(m["value"])
@@ -96,7 +98,7 @@ def read_results(folder):
 
 def read_csv(file):
     """Rows of a CSV with columns N, D, C, loss and perhaps budget, run, seed; other columns are ignored."""
-    with open(file, newline="") as f:
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as f:  # Excel's mark; a binary file has no such columns
         rows = csv.DictReader(f)
         missing = [k for k in ("N", "D", "C", "loss") if k not in (rows.fieldnames or ())]
         if missing:
@@ -281,7 +283,7 @@ def at(law, name, x):
     if name == "floor":
         L, K, g = law["floor"].T
         return L + K * np.exp(-g * x)
-    return np.exp(law[name][:, 0] + law[name][:, 1] * x)
+    return np.exp(np.clip(law[name][:, 0] + law[name][:, 1] * x, -700, 700))  # a wild resample must not overflow
 
 
 # ------------------------------------------------------------------------------ the second opinion: E + A N^-alpha + B D^-beta
@@ -380,8 +382,8 @@ def parametric(P, seed=0, starts=20):
     if max(alpha, beta) > 5 or min(alpha, beta) < 0.005 or math.exp(e) < 1e-4 * P["loss"].min():
         return {"refused": f"the data do not fix its constants (E {math.exp(e):.3g}, alpha {alpha:.3g}, beta {beta:.3g})"}
     return {"E": math.exp(e), "A": math.exp(a + alpha * N.mean()), "B": math.exp(b + beta * D.mean()), "alpha": alpha,
-            "beta": beta, "a": beta / (alpha + beta), "b": alpha / (alpha + beta), "kappa": P["kappa"], "objective": float(value[best]),
-            "gradient_norm": float(norm[best]), "starts": starts + 1, "starts_agree": agree,
+            "beta": beta, "a": beta / (alpha + beta), "b": alpha / (alpha + beta), "kappa": P["kappa"],
+            "objective": float(value[best]), "gradient_norm": float(norm[best]), "starts": starts + 1, "starts_agree": agree,
             "starts_discarded": starts + 1 - agree, "_theta": theta[best], "_n": n, "_d": d}
 
 
@@ -438,12 +440,12 @@ def quality(P, v):
                 if inner > 0 and c[2] > 0:  # the cubic's minimum, written so that a vanishing c3 gives the parabola's
                     cubic = x.mean() - c[1] / (c[2] + math.sqrt(inner))
                 if not abs(cubic - best) < math.log(1.25):
-                    flags.append("cubic disagrees" + (f" (N* x{math.exp(cubic - best):.2f})" if cubic == cubic else " (no minimum)"))
+                    flags.append(f"cubic disagrees (N* x{math.exp(cubic - best):.2f})" if cubic == cubic else "cubic has no minimum")
                 if free >= 2 and error > 1e-9:
                     # Leave one out: a point's distance from the parabola through the others, in the errors of that parabola.
                     room = np.maximum(1 - h, 1e-9)
                     t = r / np.sqrt(np.maximum((r @ r - r**2 / room) / (free - 1), 1e-30) * room)
-                    flags += [f"point off by {100 * math.expm1(r[j] / room[j]):+.2g}% at N = {si(math.exp(x[j]))}"
+                    flags += [f"point off by {100 * math.expm1(r[j] / room[j]):+.2g}% at N = {math.exp(x[j]):.4g}"
                               for j in np.flatnonzero(np.abs(t) > -stdtrit(free - 1, 0.025 / len(x)))]
         q["reason"].append(reason)
         q["flags"].append(flags)
@@ -461,15 +463,19 @@ def resample(P, q, R, rng):
     """R variants of the data: weights W (R, n) and logs Y[name] (R, n), as parabolas() takes them.
 
     Independent points are drawn with replacement inside each budget. Points that share runs have correlated errors, and
-    drawing whole runs leaves five or six of nine sizes at every budget at once: windows of another shape, intervals 2.4 times
-    the t interval of the log-log line. So nested points keep their sizes and get new errors, of the variance measured at
-    each budget and the correlation measured along runs. Covered / mean width over the t interval's, 200 data sets, true
-    correlation 0.7, 6 budgets over 1.5 decades; the last column is what an interval of constant width needs for 95%:
+    drawing whole runs leaves five or six of nine sizes at every budget at once: windows of another shape, and intervals far
+    too wide. So nested points keep their sizes and get new errors, of the variance measured at each budget and the
+    correlation measured along runs. Share of intervals that cover, and their width over that of the t interval of the
+    log-log line, for a true correlation of 0.7 and 6 budgets over 1.5 decades (200 to 400 data sets a cell). The t interval
+    is too narrow here; `needed` is the width that an interval of constant width must have to cover 95%:
 
-        sizes, noise                  whole runs    signs by run    this          t itself   needed
-         9 over +-8x,  0.3%           .98   2.3     .88   1.4       .89   1.4     .73        1.4
-         9 over +-8x,  0.1%          1.00   3.5     .90   1.6       .91   1.5     .73        1.4
-        11 over +-12x, 0.2%                         .92   1.3       .94   1.3     .80        1.5
+        sizes, noise            whole runs     residuals, one sign a run     this           the t interval    needed
+         9 over +-8x,  0.3%     .98   2.3      .89   1.4                     .90   1.3      .74               1.4
+         9 over +-8x,  0.1%    1.00   3.5      .92   1.6                     .91   1.4      .75               1.4
+        11 over +-12x, 0.2%                    .92   1.3                     .92   1.3      .78               1.5
+
+    (Widening it by Student's t for the few runs gave .91 and 1.5.) Independent points, drawn: .98 and 1.0 (9 sizes over
+    +-4x, 0.3%), 1.00 and 1.2 (+-8x, 0.1%).
     """
     n = len(P["N"])
     if q["nested"]:
@@ -559,7 +565,7 @@ def fit(records, metric="val_loss_ema", n_kind="blocks", resamples=1000, seed=0,
     if usable.sum() < 3:
         law["reasons"] |= dict.fromkeys(("N_opt", "D_opt", "loss.power", "backtest", "how_much_is_enough"), few)
     elif usable.sum() == 3:
-        law["reasons"] |= dict.fromkeys(("backtest", "jackknife95"), "3 usable budgets: with one left out, a line has no room to be wrong")
+        law["reasons"] |= dict.fromkeys(("backtest", "jackknife95"), "3 usable budgets: a line through the other two proves nothing")
     law["points"] = [{"N": float(P["N"][i]), "D": float(P["D"][i]), "C": float(P["C"][i]), "loss": float(P["loss"][i]),
                       "budget": float(P["budgets"][P["budget"][i]]), "in_window": bool(v["window"][0, i]),
                       "residual": float(q["residual"][i]), "source": r["source"]} for i, r in enumerate(kept)]
@@ -577,8 +583,8 @@ def straight(law, name):
     rest = y - p - s * (np.log(P["budgets"][on]) - P["x0"])
     left = np.array([laws(P, v, np.arange(len(on)) != b, (name,))[name][0, 1] for b in np.flatnonzero(on)])
     error = stdtrit(k - 1, 0.975) * math.sqrt((k - 1) / k * ((left - left.mean()) ** 2).sum())
-    return {"coefficient": math.exp(p - s * P["x0"]), "exponent": float(s), "ci95": interval(d[:, 1]),
-            "coefficient_ci95": interval(np.exp(d[:, 0] - d[:, 1] * P["x0"])),
+    return {"coefficient": float(at(base, name, -P["x0"])[0]), "exponent": float(s), "ci95": interval(d[:, 1]),
+            "coefficient_ci95": interval(at({name: d}, name, -P["x0"])),
             "jackknife95": [float(s - error), float(s + error)] if k > 3 else None,  # a line through 2 says nothing
             "r2": float(1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum())}
 
@@ -590,7 +596,7 @@ def floor_of(law):
         law["reasons"]["loss.floor"] = ("the minima show no floor: L_inf = 0 fits best, which is the pure power law" if L == 0 else
                                         f"needs 4 usable budgets, there are {law['_']['v']['usable'].sum()}")
         return None
-    return {"L_inf": float(L), "coefficient": float(K * math.exp(g * x0)), "exponent": float(g), "ci95": interval(d[:, 2]),
+    return {"L_inf": float(L), "coefficient": float(K * np.exp(g * x0)), "exponent": float(g), "ci95": interval(d[:, 2]),
             "L_inf_ci95": interval(d[:, 0])}
 
 
@@ -628,7 +634,8 @@ def noise(P, metric):
     for b in range(len(P["budgets"])):
         i = np.flatnonzero(P["budget"] == b)
         sizes = [i[P["N"][i] == size] for size in np.unique(P["N"][i])]
-        spread += [P["Y"]["L"][0, s].var(ddof=1) for s in sizes if len(s) > 1]
+        seeds = [s[P["C"][s] == P["C"][s[0]]] for s in sizes]  # without a budget column C may differ within a budget
+        spread += [P["Y"]["L"][0, s].var(ddof=1) for s in seeds if len(s) > 1]
         files = [Path(P["records"][s[0]]["source"]).with_name("val_losses_ema.npy") for s in sizes]
         for pair in zip(files, files[1:]) if metric == "val_loss_ema" else ():
             if all(f.is_file() for f in pair):
@@ -665,7 +672,7 @@ def warnings(law):
             w.append(f"the parametric form disagrees on N*: exponent {a:.3f}, outside the parabolas' {lo:.3f} to {hi:.3f}")
         jack = law["N_opt"]["jackknife95"]
         if jack and jack[1] - jack[0] > 1.5 * (hi - lo):
-            w.append("the budgets scatter around the line of N* more than their points' noise explains: trust the jackknife's interval")
+            w.append("the budgets scatter around the line of N* more than their points' noise explains: take the jackknife's interval")
         spread = law["method_spread"]["exponent_N"]
         if spread and spread[1] - spread[0] > hi - lo:
             w.append(f"the methods differ by {spread[1] - spread[0]:.3f} in the exponent of N*, more than its interval is wide")
@@ -710,9 +717,9 @@ def plan(law, text):
     C, speed = parse_plan(text)
     P, base, second, draws = (law["_"][k] for k in ("P", "base", "second", "draws"))
     x, records = math.log(C) - P["x0"], P["records"]
-    both = lambda name, scale=1: {"value": float(at(base, name, x)[0]) / scale, "ci95": interval(at(draws["laws"], name, x) / scale)}
-    out = {"asked": text, "C": C, "beyond_the_data": C / float(P["budgets"].max()), "N": both("N"), "D": both("D"), "loss_power":
-           both("L"), "loss_floor": both("floor") if law["loss"]["floor"] else None, "loss_parametric": None,
+    both = lambda name, per=1: {"value": float(at(base, name, x)[0]) / per, "ci95": interval(at(draws["laws"], name, x) / per)}
+    out = {"asked": text, "C": C, "times_beyond_the_data": C / float(P["budgets"].max()), "N": both("N"), "D": both("D"),
+           "loss_power": both("L"), "loss_floor": both("floor") if law["loss"]["floor"] else None, "loss_parametric": None,
            "metrics": {k: both(k) for k, m in law["metrics"].items() if "refused" not in m}}
     # At a fixed budget ln L is a parabola in ln N, so half or twice the best N costs curvature (ln 2)^2.
     cost = lambda v: np.expm1(np.nanmedian(np.where(v["usable"], v["curvature"], np.nan)[v["usable"].any(1)], 1) * math.log(2) ** 2)
@@ -737,8 +744,8 @@ def paper_plan(text):
     C, _ = parse_plan(text)
     N, D, L = (k * C**p for k, p in (PAPER[name] for name in "NDL"))
     depth = round((N / 12 / PAPER_ASPECT**2) ** (1 / 3))
-    return {"asked": text, "C": C, "N": N, "D": D, "train_loss": L, "images": D / PAPER_TOKENS, "steps": D / PAPER_TOKENS / PAPER_BATCH,
-            "depth": depth, "width": PAPER_ASPECT * depth}
+    return {"asked": text, "C": C, "N": N, "D": D, "train_loss": L, "images": D / PAPER_TOKENS,
+            "steps": D / PAPER_TOKENS / PAPER_BATCH, "depth": depth, "width": PAPER_ASPECT * depth}
 
 
 def family(P, N):
@@ -763,7 +770,8 @@ def tokens_per_image(P):
 
 def flops_per_second(P):
     """Median speed of one device over the points of the largest budget; None where the records do not tell."""
-    speeds = [r["C"] / r["device_hours"] / 3600 for r in P["records"] if r.get("device_hours") and r["C"] > 0.9 * P["budgets"].max()]
+    speeds = [r["C"] / r["device_hours"] / 3600 for r in P["records"]
+              if r.get("device_hours") and r["C"] > 0.9 * P["budgets"].max()]
     return float(np.median(speeds)) if speeds else None
 
 
@@ -779,31 +787,32 @@ def compare(one, two, names, budgets):
     both = [{k: np.vstack([law["_"]["base"][k], law["_"]["draws"]["laws"][k][:m]]) for k in "NDL"} for law in (one, two)]
     told = lambda d: {"value": float(d[0]), "ci95": interval(d[1:])}  # row 0 is the fit, the others its resamples
     amid = math.exp(sum(x0) / 2)  # levels are compared amid the data: at C = 1 they would be an extrapolation
-    out = {"A": names[0], "B": names[1], "exponents": {}, "levels": {}, "C": amid}
+    out = {"A": names[0], "B": names[1], "exponents": [], "levels": [], "C": amid}
     for k, label in (("N", "N*"), ("D", "D*"), ("L", "loss")):
         a, b = (law[k][:, 1] for law in both)
-        out["exponents"][label] = {"A": float(a[0]), "B": float(b[0]), "B-A": told(b - a)}
+        out["exponents"].append({"exponent of": label, "A": float(a[0]), "B": float(b[0]), "B-A": told(b - a)})
         a, b = (at(law, k, math.log(amid) - x) for law, x in zip(both, x0))
-        out["levels"][label] = {"A": float(a[0]), "B": float(b[0]), "B/A": told(b / a)}
+        out["levels"].append({"level of": label, "A": float(a[0]), "B": float(b[0]), "B/A": told(b / a)})
     (pa, qa), (pb, qb) = (law["L"].T for law in both)
     pa, pb = pa - qa * x0[0], pb - qb * x0[1]  # ln loss = p + q ln C
-    ci = out["exponents"]["loss"]["B-A"]["ci95"]
-    if ci and not ci[0] <= 0 <= ci[1]:
+    # +1, -1, or 0 where the interval of the difference holds 0: then the data cannot tell
+    n, _, steeper = (0 if not c or c[0] <= 0 <= c[1] else math.copysign(1, c[0])
+                     for c in (d["B-A"]["ci95"] for d in out["exponents"]))
+    if steeper:
         meet = np.exp(np.clip((pa - pb) / (qb - qa), -300, 300))
         out["crossing"] = told(meet)
     else:
-        out["crossing"] = {"value": None, "ci95": None, "reason": "the loss exponents do not differ within their interval, so the curves "
-                           "may be parallel"}
+        out["crossing"] = {"value": None, "ci95": None,
+                           "reason": "the loss exponents do not differ within their interval, the curves may be parallel"}
     out["multiplier"] = [{"C": float(C)} | told(np.exp((pb + qb * math.log(C) - pa) / qa - math.log(C))) for C in budgets]
     ra, rb = (law["_"]["P"]["records"][0] for law in (one, two))
     out["warnings"] = [f"{k} differs ({ra.get(k)} and {rb.get(k)}): the axes do not mean the same" for k in ("count", "resolution")
                        if ra.get(k) != rb.get(k)]
     # The paper: on the same data a better model has the smaller N exponent and the larger D exponent; better data do the
     # opposite; either makes the exponent of the loss more negative.
-    sign = lambda label: (lambda c: 0 if not c or c[0] <= 0 <= c[1] else math.copysign(1, c[0]))(out["exponents"][label]["B-A"]["ci95"])
     changed = [word for word, keys in (("the model", ["arch"]), ("the data", ["data", "captions"]))
                if any(ra.get(k) != rb.get(k) for k in keys)]
-    n, better = sign("N*"), {1: "A", -1: "B"}.get(sign("loss"))
+    better = {1: "A", -1: "B"}.get(steeper)
     out["reading"] = (f"By their records {' and '.join(changed) or 'neither model nor data'} changed from A to B. " +
                       (f"{better}'s loss falls faster with compute. " if better else
                        "These data cannot tell whose loss falls faster: the exponents agree within their interval. ") +
@@ -815,115 +824,78 @@ def compare(one, two, names, budgets):
 
 # ---------------------------------------------------------------------------------------------------------- the page to read
 
-def si(x):
-    """41900000 -> 41.9M"""
-    unit, size = next(((u, s) for u, s in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)) if abs(x) >= s), ("", 1))
-    return f"{x / size:.4g}{unit}"
+def show(x):
+    """A number, an interval, a {"value", "ci95"}, or a list of words, for a reader; "-" for what is missing."""
+    if isinstance(x, dict):
+        return f"{show(x['value'])} {show(x['ci95'])}"
+    if isinstance(x, (list, tuple)):
+        return "; ".join(x) if not x or isinstance(x[0], str) else f"[{', '.join(show(e) for e in x)}]"
+    return "-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
 
 
-def span(ci, form="{:.4g}".format):
-    return f"[{form(ci[0])}, {form(ci[1])}]" if ci else "no interval"
-
-
-def valued(x, form="{:.4g}".format):
-    """A {"value", "ci95"} in words."""
-    return f"{form(x['value'])} {span(x['ci95'], form)}"
-
-
-def table(head, rows):
-    """A Markdown table with padded columns, which also reads well in a terminal."""
-    rows = [head, *[[str(c) for c in row] for row in rows]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:], ""]
+def table(rows, *names):
+    """Rows (dicts) as a Markdown table of these columns, padded so that it also reads well in a terminal. Errors in percent."""
+    cell = lambda row, k: f"{100 * row[k]:+.2f}%" if k.endswith("error") else show(row.get(k))
+    cells = [list(names), *[[cell(row, k) for k in names] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:], ""] if rows else []
 
 
 def page(law, reference=False):
-    """law.md, and what the command prints: laws, noise, budgets, backtest, how much is enough, plan, comparison, warnings."""
-    four, percent = "{:.4f}".format, lambda e: f"{100 * e:+.2f}%"
-    lines = [(label, one) for label, one in (("N*", law["N_opt"]), ("D*", law["D_opt"]), ("loss", law["loss"]["power"]),
-                                             *((k, m) for k, m in law["metrics"].items())) if one and "refused" not in one]
-    paper = {"N*": PAPER["N"][1], "D*": PAPER["D"][1], "loss": PAPER["L"][1]}
+    """law.md, which is also what the command prints. Columns are named as in law.json."""
+    f, s, n = law["loss"]["floor"], law["parametric"], law["noise"]
+    laws_ = {"N*": law["N_opt"], "D*": law["D_opt"], "loss": law["loss"]["power"]} | law["metrics"]
+    rows = [{"law": k} | m for k, m in laws_.items() if m and "refused" not in m]
+    for row, (_, exponent) in zip(rows, (PAPER[k] for k in "NDL") if reference else ()):
+        row["the paper's exponent"] = exponent
     out = [f"# The law of {law['metric']}", "",
            f"{law['n_points']} points of {law['runs']} runs at {len(law['budgets'])} budgets. N: {law['n_kind']}; C: {law['c_kind']}. "
-           f"Intervals 95% from {law['resamples']} resamples; " +
-           (f"points share runs, errors correlate {law['error_correlation']:.2f} along a run." if law["nested"] else "points independent."), ""]
-    out += table(["value = k C^p", "p", "bootstrap", "jackknife over budgets", "k", "R2"] + ["the paper's p"] * reference, [
-        [label, four(m["exponent"]), span(m["ci95"], four), span(m["jackknife95"], four), f"{m['coefficient']:.4g}", four(m["r2"])] +
-        [paper.get(label, "")] * reference for label, m in lines]) if lines else [f"No lines: {law['reasons']['N_opt']}.", ""]
+           f"Intervals 95% from {law['resamples']} resamples; " + (
+               f"points share runs, errors correlate {law['error_correlation']:.2f} along a run." if law["nested"] else
+               "points independent."), "", "value = coefficient C^exponent:", ""]
+    out += table(rows, "law", "exponent", "ci95", "jackknife95", "coefficient", "r2", *["the paper's exponent"] * reference)
+    out += [f"No line: {law['reasons']['N_opt']}."] if not law["N_opt"] else []
     out += [f"{k}: no law, {m['refused']}." for k, m in law["metrics"].items() if "refused" in m]
-    f, s, n = law["loss"]["floor"], law["parametric"], law["noise"]
-    out.append(f"With floor: loss = {f['L_inf']:.4g} {span(f['L_inf_ci95'])} + {f['coefficient']:.4g} C^-{four(f['exponent'])} "
-               f"{span(f['ci95'], four)}." if f else f"With floor: none, {law['reasons']['loss.floor']}.")
+    out.append(f"With floor: loss = {show(f['L_inf'])} {show(f['L_inf_ci95'])} + {show(f['coefficient'])} C^-{show(f['exponent'])} "
+               f"{show(f['ci95'])}." if f else f"With floor: none, {law['reasons']['loss.floor']}.")
     out.append(f"Parametric: refused, {s['refused']}." if "refused" in s else
-               f"Parametric: loss = {s['E']:.4g} + {s['A']:.4g} N^-{four(s['alpha'])} + {s['B']:.4g} D^-{four(s['beta'])}, so N* ~ "
-               f"C^{four(s['a'])} {span(s['ci95']['a'], four)}; {s['starts_agree']} of {s['starts']} starts agree.")
-    out += ["Exponent of N* by method: " + ", ".join(f"{k} {four(a)}" for k, a in law["method_spread"]["methods"].items() if a) + ".",
+               f"Parametric: loss = {show(s['E'])} + {show(s['A'])} N^-{show(s['alpha'])} + {show(s['B'])} D^-{show(s['beta'])}, so N* ~ "
+               f"C^{show(s['a'])} {show(s['ci95']['a'])}; {s['starts_agree']} of {s['starts']} starts agree.")
+    paired, seeds = n["paired_se_percent"], n["seed_spread_percent"]
+    out += ["Exponent of N* by method: " + ", ".join(f"{k} {show(a)}" for k, a in law["method_spread"]["methods"].items()) + ".",
             "Noise, % of the loss: paired standard error between neighbouring sizes " +
-            ("{median:.3f} in the median, {worst:.3f} at worst".format_map(n["paired_se_percent"]) if n["paired_se_percent"] else
-             f"unknown ({n['paired_se_reason']})") + "; spread over seeds " +
-            (f"{n['seed_spread_percent']:.3f}" if n["seed_spread_percent"] else f"unknown ({n['seed_spread_reason']})") + ".", ""]
+            (f"{show(paired['median'])} in the median, {show(paired['worst'])} at worst" if paired else
+             f"unknown ({n['paired_se_reason']})") + "; spread over seeds " + (show(seeds) if seeds else f"unknown ({n['seed_spread_reason']})") + ".", ""]
     scraps = [b for b in law["budgets"] if (b["reason"] or "").startswith("fewer than 4")]
-    shown = [b for b in law["budgets"] if b not in scraps]
-    out += table(["C", "points", "N*", "95%", "D*", "loss", "remarks"], [
-        [f"{b['C']:.3g}", b["n_points"], *((si(b["N_opt"]), span(b["N_opt_ci95"], si), si(b["D_opt"]), four(b["loss_opt"]))
-                                           if b["used"] else "----"), "; ".join(b["flags"]) if b["used"] else f"NOT USED: {b['reason']}"]
-        for b in shown]) if shown else []
-    out += [f"NOT USED: {len(scraps)} budgets from C = {scraps[0]['C']:.3g} to {scraps[-1]['C']:.3g} have fewer than 4 sizes.", ""] if scraps else []
-    if law["backtest"]:
-        out += ["## Backtest: the top budgets left out and predicted from the rest", ""] + table(
-            ["left out", "C", "law", "predicted loss", "95%", "measured", "error", "N* error"],
-            [[t["budgets_left_out"], f"{t['left_out']:.3g}", t["law"], four(t["predicted"]), span(t["ci95"], four), four(t["measured"]),
-              percent(t["error"]), percent(t["N_error"])] for t in law["backtest"]])
-    if law["how_much_is_enough"]:
-        out += ["## How much is enough: the law from the smallest budgets, predicting the loss of the top one", ""] + table(
-            ["budgets", "beyond", "p of N*", "95%", "p of loss", "95%", "predicted", "95%", "error"],
-            [[r["budgets"], f"{r['beyond']:.3g}x", four(r["exponent_N"]), span(r["exponent_N_ci95"], "{:.3f}".format), four(r["exponent_L"]),
-              span(r["exponent_L_ci95"], four), four(r["predicted"]), span(r["ci95"], four), percent(r["error"])] for r in law["how_much_is_enough"]])
-    if law.get("n_kinds"):
-        out += ["## What a count does: the same records, N counted in two ways", ""] + table(
-            ["N", "p of N*", "95%", "parametric a"], [[kind, four(m["exponent"]), span(m["ci95"], four), four(m["a"]) if m["a"] else "-"]
-                                                      for kind, m in law["n_kinds"].items()])
-    out += page_of_plan(law.get("plan"), law.get("paper_plan"))
-    if law.get("comparison"):
-        out += page_of_comparison(law["comparison"])
+    out += table([b | {"remarks": b["flags"] if b["used"] else f"NOT USED: {b['reason']}"} for b in law["budgets"] if b not in scraps],
+                 "C", "n_points", "N_opt", "N_opt_ci95", "D_opt", "loss_opt", "remarks")
+    if scraps:
+        out += [f"NOT USED: {len(scraps)} budgets from C = {show(scraps[0]['C'])} to {show(scraps[-1]['C'])}, fewer than 4 sizes.", ""]
+    for title, rows, names in (
+            ("Backtest: the top budgets left out and predicted from the rest", law["backtest"],
+             ("budgets_left_out", "left_out", "law", "predicted", "ci95", "measured", "error", "N_error")),
+            ("How much is enough: the law from the smallest budgets, predicting the loss of the top one", law["how_much_is_enough"],
+             ("budgets", "beyond", "exponent_N", "exponent_N_ci95", "exponent_L", "exponent_L_ci95", "predicted", "ci95", "error")),
+            ("What a count does: the same records, N counted in two ways", law.get("n_kinds"),
+             ("n_kind", "exponent", "ci95", "a_parametric")),
+            ("Plan", plan_rows(law.get("plan")), ("what", "value")),
+            ("The paper's own plan", plan_rows(law.get("paper_plan")), ("what", "value"))):
+        out += [f"## {title}", "", *table(rows, *names)] if rows else []
+    c = law.get("comparison")
+    if c:
+        out += [f"## A = {c['A']} against B = {c['B']}", "", *table(c["exponents"], "exponent of", "A", "B", "B-A"),
+                f"At C = {show(c['C'])}:", "", *table(c["levels"], "level of", "A", "B", "B/A"),
+                "The compute that A needs to reach B's loss at C, over C:", "", *table(c["multiplier"], "C", "value", "ci95"),
+                f"The losses cross at C = {show(c['crossing'])}." if c["crossing"]["value"] else f"No crossing: {c['crossing']['reason']}.",
+                "", c["reading"], *[f"WARNING: {w}" for w in c["warnings"]], ""]
     return "\n".join(out + ["## Warnings", ""] + ([f"- {w}" for w in law["warnings"]] or ["none"])) + "\n"
 
 
-def page_of_plan(p, paper):
-    """The plan in lines, and the paper's own after it."""
-    out, four = [], "{:.4f}".format
-    if p:
-        out += [f"## Plan: {p['asked']} is {p['C']:.4g} FLOPs", "",
-                f"- N {valued(p['N'], si)}" + (f": depth {p['depth']}, width {p['width']}" if p["depth"] else ""),
-                f"- D {valued(p['D'], si)} tokens" + (f", {valued(p['images'], si)} images" if p["images"] else "") +
-                (f", {p['steps']:.0f} steps at batch {p['batch']}" if p["steps"] else ""),
-                f"- loss {valued(p['loss_power'], four)} by the pure power law" +
-                (f", {valued(p['loss_floor'], four)} with floor" if p["loss_floor"] else "") +
-                (f", {four(p['loss_parametric'])} parametric" if p["loss_parametric"] else ""),
-                *[f"- {k} {valued(m)}" for k, m in p["metrics"].items()],
-                f"- N half or twice as large costs {valued(p['cost_of_N_half_or_twice'], '{:.2%}'.format)} of the loss" + (
-                    f"; parametric {p['cost_of_N_half_parametric']:.2%} and {p['cost_of_N_twice_parametric']:.2%}" if p["loss_parametric"] else "")]
-        out += [f"- {p['device_hours']:.4g} device-hours"] if p["device_hours"] else []
-        out += [f"- {p['reason']}"] if p["reason"] else []
-        out += [f"- THIS EXTRAPOLATES {p['beyond_the_data']:.3g} TIMES BEYOND THE LARGEST BUDGET MEASURED"] if p["beyond_the_data"] > 1 else []
-        out.append("")
-    if paper:
-        out += [f"## The paper's own plan at {paper['C']:.4g} FLOPs", "",
-                f"N {si(paper['N'])} (depth {paper['depth']}, width {paper['width']}), D {si(paper['D'])} tokens, {si(paper['images'])} images, "
-                f"{paper['steps']:.0f} steps of {PAPER_BATCH}, train loss {paper['train_loss']:.3f}", ""]
-    return out
-
-
-def page_of_comparison(c):
-    """--compare in tables and words."""
-    out = [f"## A = {c['A']} against B = {c['B']}", ""] + table(["exponent of", "A", "B", "B - A"], [
-        [k, f"{d['A']:.4f}", f"{d['B']:.4f}", valued(d["B-A"], "{:.4f}".format)] for k, d in c["exponents"].items()])
-    out += table([f"at C = {c['C']:.3g}", "A", "B", "B / A"], [[k, si(d["A"]), si(d["B"]), valued(d["B/A"])] for k, d in c["levels"].items()])
-    out += table(["C", "compute that A needs for B's loss at C, over C"], [[f"{m['C']:.3g}", valued(m, "{:.3g}".format)] for m in c["multiplier"]])
-    out += [f"The losses cross at C = {valued(c['crossing'], '{:.3g}'.format)}." if c["crossing"]["value"] else
-            f"Crossing: none given, {c['crossing']['reason']}.", "", c["reading"], *[f"WARNING: {w}" for w in c["warnings"]], ""]
-    return out
+def plan_rows(plan):
+    """A plan as rows of a table, without what is missing (its reason is one of the rows)."""
+    flat = plan and plan | {f"{k} (metric)": m for k, m in plan.get("metrics", {}).items()}
+    return [{"what": k, "value": x} for k, x in flat.items() if x is not None and k != "metrics"] if plan else []
 
 
 # ------------------------------------------------------------------------------------------------------------- the pictures
@@ -963,8 +935,8 @@ def draw_law(plt, law, file, reference):
             ax.plot(N, np.exp(v["L"][0, b] + v["curvature"][0, b] * (np.log(N) - v["N"][0, b]) ** 2), color=colour, lw=1)
             ax.plot(np.exp(v["N"][0, b]), np.exp(v["L"][0, b]), "*", color="crimson", ms=12, mec="white", mew=0.6, zorder=5)
     lo, hi = P["loss"].min(), P["loss"][inside].max()
-    ax.set(xscale="log", yscale="log", ylim=(lo * (lo / hi) ** 0.05, hi * (hi / lo) ** 0.3), xlabel=f"N, parameters ({law['n_kind']})",
-           ylabel=law["metric"], title="One parabola per budget (star: its vertex; hollow: not in its window)")
+    ax.set(xscale="log", yscale="log", ylim=(lo * (lo / hi) ** 0.05, hi * (hi / lo) ** 0.3), ylabel=law["metric"],
+           xlabel=f"N, parameters ({law['n_kind']})", title="One parabola per budget (star: its vertex; hollow: not in its window)")
     loss_axis(ax.yaxis, *ax.get_ylim())
     if len(C) <= 15:
         ax.legend(title="C, FLOPs", fontsize=8, title_fontsize=8, loc="upper center", ncols=5)  # ylim leaves room for it
@@ -973,20 +945,22 @@ def draw_law(plt, law, file, reference):
                             (axes[1, 1], "L", f"{law['metric']} at N*")):
         one = law["loss"]["power"] if name == "L" else law[f"{name}_opt"]
         if one:
-            band(ax, law, name, grid, "tab:blue", f"{one['coefficient']:.3g} C^{one['exponent']:.4f} {span(one['ci95'], '{:.3f}'.format)}")
+            band(ax, law, name, grid, "tab:blue", f"{one['coefficient']:.3g} C^{one['exponent']:.4f} {show(one['ci95'])}")
         for b in np.flatnonzero(usable):
             ends = interval(np.exp(draws[name][draws["usable"][:, b], b]))
             ax.plot([C[b]] * 2, ends or [np.nan] * 2, color=colours[b], lw=2)
             ax.plot(C[b], np.exp(v[name][0, b]), "o", color=colours[b], ms=6)
         if name in "ND" and "refused" not in law["parametric"]:
-            ax.plot(grid, parametric_optimum(law["parametric"], grid)["ND".index(name)], "--", color="gray", lw=1, label="parametric form")
+            best = parametric_optimum(law["parametric"], grid)["ND".index(name)]
+            ax.plot(grid, best, "--", color="gray", lw=1, label="parametric form")
         if reference:
             ax.plot(grid, PAPER[name][0] * grid ** PAPER[name][1], "k:", label="the paper")
+        title = {"N": "How large", "D": "On how much data", "L": "How good"}[name]
         ax.set(xscale="log", yscale="log", xlabel="C, training FLOPs", ylabel=label,
-               title={"N": "How large", "D": "On how much data", "L": "How good"}[name] + ("" if one else f": no law, {law['reasons']['N_opt']}"))
+               title=title if one else f"{title}: no law, {law['reasons']['N_opt']}")
         if name == "L" and one:
             if law["loss"]["floor"]:
-                band(ax, law, "floor", grid, "tab:orange", f"{law['loss']['floor']['L_inf']:.3g} + k C^-{law['loss']['floor']['exponent']:.4f}")
+                band(ax, law, "floor", grid, "tab:orange", "{L_inf:.3g} + {coefficient:.3g} C^-{exponent:.4f}".format_map(law["loss"]["floor"]))
             for k in (k for k, m in law["metrics"].items() if "refused" not in m):
                 y = np.exp(v[k][0, usable])
                 unit = 10.0 ** np.round(np.log10(np.nanmedian(y) / np.exp(np.median(v["L"][0, usable]))))  # into the same picture
@@ -1012,7 +986,8 @@ def draw_diagnostics(plt, law, file):
     figure, axes = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
     figure.suptitle(f"Diagnostics of the law of {law['metric']}")
     shade, inside = np.log10(P["budgets"])[P["budget"]], v["window"][0] & v["usable"][0, P["budget"]]
-    panels = [(axes[0, 0], inside, (np.log(P["N"]) - v["N"][0, P["budget"]]) / math.log(2), q["residual"], "log2 of N/N*", "Parabolas")]
+    away = (np.log(P["N"]) - v["N"][0, P["budget"]]) / math.log(2)
+    panels = [(axes[0, 0], inside, away, q["residual"], "log2 of N/N*", "Parabolas")]
     if "refused" not in second:
         rest = P["Y"]["L"][0] - np.log(parametric_loss(second, P["N"], P["D"]))
         panels.append((axes[0, 1], np.ones_like(inside), np.log10(P["N"]), rest, "log10 of N", "Parametric form"))
@@ -1030,7 +1005,8 @@ def draw_diagnostics(plt, law, file):
     for r in rows:
         ax.plot([r["budgets"]] * 2, r["exponent_N_ci95"] or [np.nan] * 2, color="tab:blue", lw=2)
     ax.plot([r["budgets"] for r in rows], [r["exponent_N"] for r in rows], "o-", color="tab:blue")
-    ax.set(xlabel="law from the smallest k usable budgets", ylabel="exponent of N*", title="How much is enough?", xticks=[r["budgets"] for r in rows])
+    ax.set(xlabel="law from the smallest k usable budgets", ylabel="exponent of N*", title="How much is enough?",
+           xticks=[r["budgets"] for r in rows])
     ax.yaxis.label.set_color("tab:blue")
     right = ax.twinx()
     right.plot([r["budgets"] for r in rows], [100 * r["error"] for r in rows], "s--", color="tab:orange")
@@ -1060,9 +1036,10 @@ def draw_curves(plt, law, file):
         ax.axvline(C, color="gray", lw=0.7, ls="--", zorder=0)
         ax.plot(P["C"][best], P["loss"][best], "*", color="crimson", ms=14, mec="white", mew=0.7, zorder=5)
     lo, hi = P["loss"].min(), P["loss"].max()
-    ax.set(xscale="log", yscale="log", ylim=(lo * (lo / hi) ** 0.05, hi * (hi / lo) ** 0.05), xlim=(P["C"].min() / 2.5, P["C"].max() * 1.4),
-           xlabel="C, training FLOPs", ylabel=law["metric"] + (" (faint: smoothed training loss)" if faint else ""),
-           title="A run passes through every budget on its way (dashed cuts). Star: the lowest loss at a cut")
+    ax.set(xscale="log", yscale="log", ylim=(lo * (lo / hi) ** 0.05, hi * (hi / lo) ** 0.05),
+           xlim=(P["C"].min() / 2.5, P["C"].max() * 1.4), xlabel="C, training FLOPs", ylabel=law["metric"] + (" (faint: smoothed training loss)" if faint else ""),
+           title=("A run passes through every budget on its way (dashed cuts)" if law["nested"] else
+                  "The loss of every size at every budget (dashed cuts)") + ". Star: the lowest at a cut")
     loss_axis(ax.yaxis, *ax.get_ylim())
     scale = plt.matplotlib.colors.LogNorm(P["N"].min(), P["N"].max() * (P["N"].max() / P["N"].min()) ** (1 / 9))
     figure.colorbar(plt.cm.ScalarMappable(scale, "plasma"), ax=ax, label=f"N, parameters ({law['n_kind']})")
@@ -1115,14 +1092,14 @@ def run(args):
     """Fit, write the page, the numbers and the pictures, and print the page."""
     paper = paper_plan(args.plan) if args.reference and args.plan else None
     if paper and not args.paths and not Path("results/quick").exists():
-        print("\n".join(page_of_plan(None, paper)))  # the paper's own plan needs no results of ours
+        print("\n".join(["## The paper's own plan", "", *table(plan_rows(paper), "what", "value")]))  # needs no results of ours
         return
     if args.plan:
         parse_plan(args.plan)  # complain before minutes of fitting, not after
     first = Path((args.paths or ["results/quick"])[0])
     records = read(args.paths or [first])
     if "N" in records[0] and (args.n, args.metric) != ("blocks", "val_loss_ema"):
-        raise BadInput(f"--n {args.n} --metric {args.metric}: a CSV has one N and one loss, these flags are for results directories")
+        raise BadInput(f"--n {args.n} --metric {args.metric}: a CSV has one N and one loss to choose from")
     law = fit(records, args.metric, args.n, args.bootstrap, args.seed, bar=True)
     if "N" not in records[0]:
         try:
@@ -1130,11 +1107,14 @@ def run(args):
         except Refused as e:
             law["warnings"].append(f"with the other count of N there is no law: {e}")
             other = {"N_opt": None}
-        law["n_kinds"] = {one["n_kind"]: {"exponent": one["N_opt"]["exponent"], "ci95": one["N_opt"]["ci95"],
-                                          "a": one["parametric"].get("a")} for one in (law, other) if one["N_opt"]}
+        law["n_kinds"] = [{"n_kind": one["n_kind"], "exponent": one["N_opt"]["exponent"], "ci95": one["N_opt"]["ci95"],
+                           "a_parametric": one["parametric"].get("a")} for one in (law, other) if one["N_opt"]]
     if args.plan and not law["N_opt"]:
         raise Refused(f"--plan {args.plan}: {law['reasons']['N_opt']}")
     law["plan"], law["paper_plan"] = plan(law, args.plan) if args.plan else None, paper
+    if args.plan and law["plan"]["times_beyond_the_data"] > 1:
+        beyond = law["plan"]["times_beyond_the_data"]
+        law["warnings"].append(f"the plan EXTRAPOLATES {beyond:.3g} TIMES BEYOND THE LARGEST BUDGET MEASURED")
     if args.compare:
         second = fit(read([args.compare]), args.metric, args.n, args.bootstrap, args.seed + 1, bar=True)
         ends = [one["_"]["P"]["budgets"][[0, -1]] for one in (law, second)]

@@ -27,8 +27,9 @@ from model import FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
 
 # Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
 # paper, its own law; quick, the law of results/quick.
-EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.0071, 0.56)}
-BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [8e10, 1.6e11, 3.2e11, 6.4e11, 1.28e12, 2.56e12]}
+EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.029, 0.512)}
+BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [6.4e10, 1.28e11, 2.56e11, 5.12e11, 1.024e12, 2.048e12]}
+SEED_REPEATS = {(2, 40): [1]}  # the quick grid measures its own seed noise on the size in the middle
 H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
 
 
@@ -39,8 +40,9 @@ class SweepConfig:
     budget: Optional[List[float]] = field(default=None, metadata={"help": "training FLOPs, rising (default: the preset's)"})
     depth: Optional[List[int]] = field(default=None, metadata={"help": "depths; one for all widths, or one for each"})
     width: Optional[List[int]] = field(default=None, metadata={"help": "widths (default: aspect * depth, or the preset's sizes)"})
-    seeds: List[int] = field(default_factory=lambda: [0], metadata={"help": "each size is run with each of these seeds"})
-    window: float = field(default=8.0, metadata={
+    seeds: Optional[List[int]] = field(default=None, metadata={
+        "help": "each size is run with each of these seeds (default: 0, and in the quick grid the middle size also with 1)"})
+    window: float = field(default=6.5, metadata={
         "help": "read a size only at the budgets whose expected optimum is within this factor of it"})
     jobs: Optional[int] = field(default=None, metadata={"help": "runs side by side (default: one a CPU core, or one a GPU)"})
     dry_run: bool = field(default=False, metadata={"help": "print the grid and the total, and stop"})
@@ -85,37 +87,44 @@ def plan(sweep, flags):
         sizes = list(zip(depths * len(sweep.width) if len(depths) == 1 else depths, sweep.width))
     else:
         sizes = [(depth, None) for depth in sweep.depth] if sweep.depth else family(sweep.preset)
+    grid = [(*size, seed, budgets) for size in sizes for seed in sweep.seeds or [0]]
+    if sweep.preset == "quick" and not (sweep.budget or sweep.depth or sweep.width or sweep.seeds):
+        grid += [(*size, seed, budgets) for size, seeds in SEED_REPEATS.items() for seed in seeds]
+    has_data = any(flag == "--data" or flag.startswith("--data=") for flag in flags)
+    if any(flag.split("=")[0] == "--seed" for flag in flags):
+        raise ValueError("--seed is a flag of one run: give the seeds of a sweep as --seeds")
+    if sweep.preset == "paper" and not has_data and not sweep.dry_run:
+        raise ValueError("--preset paper is the grid of a cluster, for prepared images: give them as --data, or look at it with --dry-run")
     coefficient, exponent = EXPECTED_OPTIMUM[sweep.preset]
     runs, left_out = [], []
-    for depth, width in sizes:
-        for seed in sweep.seeds:
-            arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), *(["--width", str(width)] if width else []),
-                         "--seed", str(seed), "--budget", *(f"{budget:g}" for budget in budgets)]
-            configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), __doc__, train.PRESETS, argv=arguments)
-            model_config, data_config, config = configs
-            shape = dict(channels=3, size=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim)
-            if sweep.preset == "paper" and "--data" not in flags:
-                shape = FAMILY_INPUT["paper"]
-            with torch.device("meta"):
-                model = DiT(model_config, **shape)
-            N, steps = model.count_parameters()["blocks"], {}
-            for budget in budgets:
-                optimum = coefficient * budget ** exponent
-                if not optimum / sweep.window <= N <= optimum * sweep.window:
-                    left_out.append((model_config, budget, f"the optimum is near {optimum:.2g} parameters"))
-                    continue
-                try:
-                    steps[budget] = train.steps_for(budget, model, config)
-                except ValueError:
-                    left_out.append((model_config, budget, f"fewer than {max(train.MIN_STEPS, train.MIN_WARMUPS * config.warmup)} steps"))
-            if not steps:
-                left_out.append((model_config, None, "no budget at which this size is of use"))
+    for depth, width, seed, budgets in grid:
+        arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), *(["--width", str(width)] if width else []),
+                     "--seed", str(seed), "--budget", *(f"{budget:g}" for budget in budgets)]
+        configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), __doc__, train.PRESETS, argv=arguments)
+        model_config, data_config, config = configs
+        shape = dict(channels=3, size=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim)
+        if sweep.preset == "paper" and not has_data:
+            shape = FAMILY_INPUT["paper"]
+        with torch.device("meta"):
+            model = DiT(model_config, **shape)
+        N, steps = model.count_parameters()["blocks"], {}
+        for budget in budgets:
+            optimum = coefficient * budget ** exponent
+            if not optimum / sweep.window <= N <= optimum * sweep.window:
+                left_out.append((model_config, budget, f"the optimum is near {optimum:.2g} parameters"))
                 continue
-            name = train.run_name(model_config, seed)
-            folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
-            arguments = arguments[:arguments.index("--budget")] + ["--budget", *(f"{budget:g}" for budget in steps), "--out", folder]
-            runs.append(Run(name, folder, arguments, configs, N, steps, config.batch * model.flops_per_image(),
-                            sum(model.tokens().values())))
+            try:
+                steps[budget] = train.steps_for(budget, model, config)
+            except ValueError:
+                left_out.append((model_config, budget, f"fewer than {max(train.MIN_STEPS, train.MIN_WARMUPS * config.warmup)} steps"))
+        if not steps:
+            left_out.append((model_config, None, "no budget at which this size is of use"))
+            continue
+        name = train.run_name(model_config, seed)
+        folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
+        arguments = arguments[:arguments.index("--budget")] + ["--budget", *(f"{budget:g}" for budget in steps), "--out", folder]
+        runs.append(Run(name, folder, arguments, configs, N, steps, config.batch * model.flops_per_image(),
+                        sum(model.tokens().values())))
     if not runs:
         raise ValueError("nothing to run: no size has a budget at which it is of use (see --budget, --width, --window)")
     return runs, left_out
@@ -152,7 +161,7 @@ def time_steps(runs, threads):
 def print_plan(runs, left_out, jobs, threads):
     """The grid as a table, a line a cell; FLOPs and time of a line are what its budget adds to the one before."""
     print(f"{'model':>24} {'N':>11} {'budget':>9} {'D (tokens)':>11} {'images':>11} {'steps':>8} {'FLOPs added':>12} {'time added':>11}")
-    total = separate = seconds = 0
+    total = separate = 0
     for run in runs:
         before = 0
         for budget, steps in run.steps.items():
@@ -163,17 +172,21 @@ def print_plan(runs, left_out, jobs, threads):
             separate += steps * run.step_flops
             before = steps
         total += before * run.step_flops
-        seconds += before * (run.step_seconds or 0)
     for config, budget, reason in left_out:
         print(f"left out: depth {config.depth}, width {config.width}" + (f", budget {budget:g}" if budget else "") + f": {reason}")
     cells = sum(len(run.steps) for run in runs)
     print(f"total: {len(runs)} runs, {cells} points, {total:.3g} FLOPs ({total / separate:.0%} of the {separate:.3g} of separate runs)")
-    if seconds:
-        longest = max(max(run.steps.values()) * run.step_seconds for run in runs)
-        print(f"estimated time: {max(seconds / jobs, longest) / 60:.0f} minutes of training with {jobs} jobs of {threads} "
-              f"thread{'s' * (threads > 1)}; validation and pictures add up to a fifth")
-    else:
-        print(f"estimated time: {total / H100_FLOPS / 3600:,.0f} H100-hours at 40% MFU")
+    print(estimate(runs, jobs, threads))
+
+
+def estimate(runs, jobs, threads):
+    """A line: how long the runs that wait will take, from the timed steps, or in H100-hours where no step could be timed."""
+    if any(run.step_seconds is None for run in runs if run.status == "waiting"):
+        hours = sum(max(run.steps.values()) * run.step_flops for run in runs) / H100_FLOPS / 3600
+        return f"estimated time: {hours:,.0f} H100-hours at 40% MFU"
+    seconds = [max(run.steps.values()) * run.step_seconds for run in runs if run.status == "waiting"]
+    return (f"estimated time: {max([sum(seconds) / jobs, *seconds]) / 60:.0f} minutes of training, {jobs} jobs of {threads} "
+            f"thread{'s' * (threads > 1)}; validation and pictures add about a fifth")
 
 
 def check_folder(run):
@@ -271,13 +284,13 @@ def main():
         sys.exit(2)
     cells = sum(len(run.steps) for run in runs)
     print(f"{out}: {len(runs)} runs, {cells} points, {jobs} at a time with {threads} thread{'s' * (threads > 1)}; "
-          f"{sum(run.status == 'done' for run in runs)} are done (--dry_run shows the table)")
+          f"{sum(run.status == 'done' for run in runs)} are done; {estimate(runs, jobs, threads)}")
     began = time.monotonic()
     failed = run_all(runs, jobs, threads)
     print(f"trained in {(time.monotonic() - began) / 60:.1f} minutes")
     if failed:
-        print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders); "
-              f"the same command tries them again", file=sys.stderr)
+        print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders). "
+              f"The same command tries them again", file=sys.stderr)
         sys.exit(1)
     sys.exit(subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fit.py"), out]))
 

@@ -61,7 +61,7 @@ def test_nested_costs_one_column():
 def test_the_papers_dry_run():
     said = command("--preset", "paper", "--dry-run").stdout
     assert "6e+18" in said and "depth15_width960" in said and "H100-hours" in said
-    runs, left_out = sweep.plan(sweep.SweepConfig(preset="paper"), [])
+    runs, left_out = sweep.plan(sweep.SweepConfig(preset="paper", dry_run=True), [])
     assert all(run.configs[2].batch == 1024 and run.configs[2].lr == 1e-4 and run.configs[2].count == "6nd" for run in runs)
     for run in runs:                                     # 6 N D is the budget, to the nearest step
         for budget, steps in run.steps.items():
@@ -74,11 +74,12 @@ def test_a_size_is_trained_to_its_last_useful_budget():
     runs, left_out = sweep.plan(sweep.SweepConfig(), [])
     coefficient, exponent = sweep.EXPECTED_OPTIMUM["quick"]
     for run in runs:
-        assert all(1 / 8.01 < run.N / (coefficient * budget ** exponent) < 8.01 for budget in run.steps)
+        assert all(1 / 6.5 <= run.N / (coefficient * budget ** exponent) <= 6.5 for budget in run.steps)
     budgets = sorted({budget for run in runs for budget in run.steps})
     middle = coefficient * (budgets[0] * budgets[-1]) ** (exponent / 2)
-    assert len(runs) >= 7 and len(budgets) >= 6 and budgets[-1] / budgets[0] >= 10 ** 1.5 * 0.999
-    assert min(run.N for run in runs) < middle / 7 and max(run.N for run in runs) > middle * 7
+    assert [run.configs[2].seed for run in runs if run.N == 39472] == [0, 1]           # the seed noise is measured too
+    assert len(runs) >= 9 and len(budgets) >= 6 and budgets[-1] / budgets[0] >= 10 ** 1.5 * 0.999
+    assert min(run.N for run in runs) < middle / 6.5 and max(run.N for run in runs) > middle * 6.5
 
 
 def test_a_failing_run_is_tried_once_more_and_named(tmp_path, capsys, monkeypatch):
@@ -97,7 +98,7 @@ def test_a_failing_run_is_tried_once_more_and_named(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize("arguments, named", [
     (["--budget", "2e9", "1e9"], "--budget"), (["--widht", "8"], "--widht"), (["--jobs", "0"], "--jobs"),
     (["--depth", "1", "2", "--width", "8", "16", "24"], "--depth"), (["--width", "9"], "--head_dim"), (["--window", "1"], "--window"),
-    (["--data", "/no/such"], "--data"), (["--budget", "1e3"], "nothing to run"), (["--preset", "big"], "--preset"),
+    (["--data", "/no/such"], "--data"), (["--budget", "1e3"], "nothing to run"), (["--seed", "3"], "--seeds"), (["--preset", "big"], "--preset"),
     (["--preset", "paper"], "--data"),
 ])
 def test_bad_input_is_one_line(tmp_path, arguments, named):
