@@ -129,7 +129,7 @@ class Scenes:
 
     def __init__(self, config, seed=0, device="cpu"):
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.train_images = None  # endless
+        self.train_images = self.validation_images = None  # endless
         self.block, self.drawn = None, None
         ood = config.data == "scenes-ood"
         self.counts = quantiles([1, 2, 5] if ood else [1, 1, 1]).to(device) + 1
@@ -281,8 +281,8 @@ class Images:
             raise ValueError(f"--data {path}: no such file or folder (or say scenes, scenes-ood)")
         try:
             splits = load_dataset(path) if os.path.isdir(path) else load_dataset("parquet", data_files={"train": path})
-        except Exception as error:
-            raise ValueError(f"--data {path}: datasets can't read it ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # each reader raises its own kinds
+            raise ValueError(f"--data {path}: datasets can't read it ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
         self.text = HashText(config.text_tokens, config.text_dim)
         self.pixels, self.texts, self.ids = {}, {}, {}
         held_out = next((name for name in ("validation", "val", "test") if name in splits), None)
@@ -292,9 +292,12 @@ class Images:
             columns = splits[source].column_names
             if not {"image", "text"} <= set(columns):
                 raise ValueError(f"--data {path}: needs columns image and text (there are {', '.join(columns)})")
-            table = splits[source].map(
-                read_row, fn_kwargs={"resolution": config.resolution}, remove_columns=columns,
-                desc=f"{split} images at {config.resolution} pixels")  # cached on disk by datasets
+            try:
+                table = splits[source].map(
+                    read_row, fn_kwargs={"resolution": config.resolution}, remove_columns=columns,
+                    desc=f"{split} images at {config.resolution} pixels")  # cached on disk by datasets
+            except (AttributeError, OSError, SyntaxError) as error:  # no picture, or one that pillow can't read
+                raise ValueError(f"--data {path}: an image of {source} can't be read ({(str(error).splitlines() or ['?'])[0]})") from None
             pixels = np.frombuffer(b"".join(table["pixels"]), np.uint8)
             self.pixels[split] = torch.from_numpy(pixels.reshape(len(table), config.resolution, config.resolution, 3).copy())
             self.texts[split] = list(table["caption"])
@@ -309,7 +312,7 @@ class Images:
             if not self.texts[split]:
                 raise ValueError(f"--data {path}: no image to use for {split}")
             self.ids[split] = self.text.encode(self.texts[split])
-        self.train_images = len(self.texts["train"])
+        self.train_images, self.validation_images = len(self.texts["train"]), len(self.texts["validation"])
         self.epoch, self.order = None, None
 
     @property
@@ -321,8 +324,6 @@ class Images:
         """Which rows the samples `index` (B,) are: in training sample i is row i % n of the permutation of epoch i // n."""
         n = len(self.texts[split])
         if split == "validation":
-            if index.max() >= n:
-                raise ValueError(f"--val_images {index.max() + 1}: {self.config.data} has only {n} validation images")
             return index
         rows = torch.empty_like(index)
         for epoch in (index // n).unique().tolist():
@@ -375,8 +376,12 @@ def save_grid(path, groups, captions, title, columns=4, side=112):
             image = Image.fromarray(images[k].permute(1, 2, 0).cpu().numpy())
             page.paste(image.resize((side, side), Image.Resampling.NEAREST), (left + g * (side + 4), upper))
         pen.multiline_text((left, upper + side + 4), "\n".join(text[:lines]), "black", font)
-    page.save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
+    try:
+        page.save(f"{path}.tmp", "PNG")
+        os.replace(f"{path}.tmp", path)
+    finally:
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ written next to the weights as metrics_DATASET.json, and a picture of samples be
 Only what is missing is computed.
 """
 import glob
+import hashlib
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ class EvaluateConfig:
     path: str = field(default="results/my-quick", metadata={
         "help": "a results directory, a run, a point, an ema.safetensors or a checkpoint.pt"})
     data: Optional[List[str]] = field(default=None, metadata={"help": "data sets (default: the one of the training)"})
-    n: int = field(default=1024, metadata={"help": "validation images"})
+    n: int = field(default=1024, metadata={"help": "validation images, at most those that there are"})
     samples: int = field(default=16, metadata={"help": "samples in the picture; 0 for no picture"})
     steps: int = field(default=16, metadata={"help": "sampling steps"})
     solver: Literal["heun", "euler"] = field(default="heun", metadata={"help": "of the samples"})
@@ -83,7 +84,13 @@ def load_models(path, device):
             model.load_state_dict(weights[kind])
         return models, definition, shape
     except Exception as error:  # each reader raises its own kinds; whichever it is, the file is of no use
-        raise ValueError(f"{path}: torn, or not a model of isoflow ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: torn, or not a model of isoflow ({train.one_line(error)})") from None
+
+
+def fingerprint(path):
+    """Which weights these are: the SHA-256 of their file, shortened."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def saved_metrics(target, protocol):
@@ -113,7 +120,7 @@ def validation_metrics(models, data, definition, n):
 def save_samples(path, model, data, definition, config, title):
     """A picture of held-out images and, beside each, samples for its caption, one for each value of guidance."""
     trained = train.TrainConfig(precision=definition["train"]["precision"])
-    index = torch.arange(config.samples)
+    index = torch.arange(min(config.samples, data.validation_images or config.samples))
     groups = [data.batch("validation", index)[0]]
     for guidance in config.guidance:
         groups.append(train.sample_images(model, data, trained, index, config.steps, config.solver, guidance, config.seed))
@@ -126,31 +133,34 @@ def main():
     (config,) = parse_flags((EvaluateConfig,), __doc__, positional="path")
     try:
         device, *_ = train.find_device(config.device, "auto")
-        files = find_weights(config.path)
-        pictures = {}   # of each data set only the best model's picture is wanted
+        files, sources, pictures = find_weights(config.path), {}, {}
         for path in tqdm(files, desc="evaluating", unit="model"):
             models, definition, shape = load_models(path, device)
             for dataset in config.data or [definition["data"]["data"]]:
                 data_config = DataConfig(**{**definition["data"], "data": dataset})
-                data = load_data(data_config, 0, device)
+                if data_config not in sources:
+                    sources[data_config] = load_data(data_config, 0, device)
+                data = sources[data_config]
                 if data.shape != shape:
                     raise ValueError(f"--data {dataset} gives {data.shape}, the model takes {shape}")
+                n = min(config.n, data.validation_images or config.n)
                 name = os.path.splitext(os.path.basename(dataset.rstrip("/")))[0]
                 kind = "metrics" if path.endswith(".safetensors") else "checkpoint_metrics"
                 target = os.path.join(os.path.dirname(path), f"{kind}_{name}.json")
-                protocol = {"n": config.n, "weights": sorted(models), "guidance": 1, "times": "logit-normal, stratified",
+                protocol = {"data": dataset, "weights": fingerprint(path), "n": n, "guidance": 1, "times": "logit-normal, stratified",
                             "seed": train.VALIDATION_SEED, "resolution": data_config.resolution, "captions": data_config.captions}
                 metrics = saved_metrics(target, protocol)
                 if metrics is None:
-                    metrics = validation_metrics(models, data, definition, config.n)
+                    metrics = validation_metrics(models, data, definition, n)
                     train.write_json(target, {"schema": train.SCHEMA, "data": dataset, "metrics": metrics, "protocol": protocol})
                 tqdm.write(f"{path} on {name}: " + ", ".join(
                     f"{metric} {number['value']:.4f} +- {number['se']:.4f}" for metric, number in metrics.items()))
-                if name not in pictures or metrics["val_loss_ema"]["value"] < pictures[name][0]:
+                if name not in pictures or metrics["val_loss_ema"]["value"] < pictures[name][0]:  # the best model's is wanted
                     pictures[name] = metrics["val_loss_ema"]["value"], path, models["ema"], data, definition
         for name, (_, path, model, data, definition) in pictures.items() if config.samples else ():
             target = os.path.join(os.path.dirname(path) or ".", f"samples_{name}.png")
-            save_samples(target, model, data, definition, config, f"{os.path.dirname(path)} on {name}")
+            which = " ".join(os.path.dirname(os.path.abspath(path)).split(os.sep)[-2:])   # the run and its budget
+            save_samples(target, model, data, definition, config, f"{which} on {name}")
             print(f"written: {target}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

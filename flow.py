@@ -85,7 +85,7 @@ def guided(v, guidance):
 
     def guided_v(x_t, t, text, text_mask):
         masks = torch.cat([text_mask, torch.zeros_like(text_mask)])
-        conditional, unconditional = v(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, text]), masks).chunk(2)
+        conditional, unconditional = v(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, text]), masks).float().chunk(2)
         return unconditional + guidance * (conditional - unconditional)
     return guided_v
 

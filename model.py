@@ -43,6 +43,7 @@ def parse_flags(types, description, presets={}, positional=None, rest=False, arg
     if presets:
         first = ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", default=next(iter(presets)))
+        first.error = error
         parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     try:
         *configs, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)

@@ -11,6 +11,7 @@ per model and seed, each to the last budget at which its size is useful, then `f
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,8 +70,10 @@ class Run:
     steps: dict            # {budget: steps}
     step_flops: float      # exact count, the one that takes time
     tokens: int
+    shape: dict            # of the input: channels, size, text_tokens, text_dim
     step_seconds: Optional[float] = None
     process: Optional[subprocess.Popen] = None
+    slot: int = 0
     tries: int = 0
     status: str = "waiting"
 
@@ -99,7 +102,7 @@ def plan(sweep, flags):
     runs, left_out = [], []
     for depth, width, seed, budgets in grid:
         arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), *(["--width", str(width)] if width else []),
-                     "--seed", str(seed), "--budget", *(f"{budget:g}" for budget in budgets)]
+                     "--seed", str(seed), "--budget", *map(repr, budgets)]
         configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), __doc__, train.PRESETS, argv=arguments)
         model_config, data_config, config = configs
         shape = dict(channels=3, size=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim)
@@ -115,18 +118,20 @@ def plan(sweep, flags):
                 continue
             try:
                 steps[budget] = train.steps_for(budget, model, config)
-            except ValueError:
-                left_out.append((model_config, budget, f"fewer than {max(train.MIN_STEPS, train.MIN_WARMUPS * config.warmup)} steps"))
+            except ValueError as problem:
+                left_out.append((model_config, budget, str(problem)))
         if not steps:
-            left_out.append((model_config, None, "no budget at which this size is of use"))
             continue
         name = train.run_name(model_config, seed)
         folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
-        arguments = arguments[:arguments.index("--budget")] + ["--budget", *(f"{budget:g}" for budget in steps), "--out", folder]
+        arguments = arguments[:arguments.index("--budget")] + ["--budget", *map(repr, steps), "--out", folder]
         runs.append(Run(name, folder, arguments, configs, N, steps, config.batch * model.flops_per_image(),
-                        sum(model.tokens().values())))
+                        sum(model.tokens().values()), shape))
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is asked for twice (see --width, --depth, --seeds)")
     if not runs:
-        raise ValueError("nothing to run: no size has a budget at which it is of use (see --budget, --width, --window)")
+        raise ValueError(f"nothing to run (see --budget, --width, --window): {'; '.join(sorted({reason for *_, reason in left_out}))}")
     return runs, left_out
 
 
@@ -134,27 +139,30 @@ def time_steps(runs, threads):
     """Seconds of a training step of each size, by taking a few on this machine. None where a step is too large to try."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timed = {}
     for run in tqdm(runs, desc="timing a step of each size", leave=False):
         model_config, data_config, config = run.configs
-        if run.step_flops > (1e15 if device.type == "cuda" else 1e11):
+        device, precision, *_ = train.find_device(config.device, config.precision)
+        data = load_data(dataclasses.replace(data_config, data="scenes"), 0, device)   # a step costs the same on any images
+        if run.step_flops > (1e15 if device.type == "cuda" else 1e11) or run.shape != data.shape:
             continue
-        if run.N not in timed:
-            data = load_data(dataclasses.replace(data_config, data="scenes"), 0, device)
+        if (model_config.depth, model_config.width) not in timed:
             model = DiT(model_config, **data.shape).to(device)
             optimizer = torch.optim.AdamW(model.parameter_groups(config.lr), fused=True)
             seconds = []
             for step in range(1, 6):
                 start = time.perf_counter()
-                flow.loss_per_image(model, *train.training_batch(data, config, step, 0, 1, device)).mean().backward()
+                batch = train.training_batch(data, config, step, 0, 1, device)
+                with train.autocast(device, precision):
+                    loss = flow.loss_per_image(model, *batch).mean()
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
-            timed[run.N] = sorted(seconds)[2]
-        run.step_seconds = timed[run.N]
+            timed[model_config.depth, model_config.width] = sorted(seconds)[2]
+        run.step_seconds = timed[model_config.depth, model_config.width]
     torch.set_num_threads(before)
 
 
@@ -173,7 +181,7 @@ def print_plan(runs, left_out, jobs, threads):
             before = steps
         total += before * run.step_flops
     for config, budget, reason in left_out:
-        print(f"left out: depth {config.depth}, width {config.width}" + (f", budget {budget:g}" if budget else "") + f": {reason}")
+        print(f"left out: depth {config.depth}, width {config.width}, budget {budget:g}: {reason}")
     cells = sum(len(run.steps) for run in runs)
     print(f"total: {len(runs)} runs, {cells} points, {total:.3g} FLOPs ({total / separate:.0%} of the {separate:.3g} of separate runs)")
     print(estimate(runs, jobs, threads))
@@ -193,9 +201,9 @@ def check_folder(run):
     """Raises ValueError where the folder belongs to another configuration or holds a torn record. -> all budgets done?"""
     _, precision, *_ = train.find_device(run.configs[2].device, run.configs[2].precision)
     definition = train.definition_of(run.configs[0], run.configs[1], dataclasses.replace(run.configs[2], precision=precision))
-    train.check_earlier_run(run.folder, definition, None, allow_drift=True)
-    paths = [os.path.join(train.point_folder(run.folder, budget), "result.json") for budget in run.steps]
-    return all([train.read_record(path) is not None for path in paths])
+    train.check_earlier_run(run.folder, definition)
+    return all([train.read_record(os.path.join(train.point_folder(run.folder, budget), "result.json"), budget) is not None
+                for budget in run.steps])
 
 
 def progress(run):
@@ -206,24 +214,25 @@ def progress(run):
         with open(os.path.join(run.folder, "log.jsonl"), "rb") as file:
             file.seek(max(0, os.path.getsize(file.name) - 1000))
             return json.loads(file.read().split(b"\n")[-2])["step"]
-    except (OSError, IndexError, json.JSONDecodeError, KeyError):
+    except (OSError, IndexError, json.JSONDecodeError, KeyError, TypeError):
         return 0
 
 
-def start(run, number, threads):
-    """Start train.py for a run; what it prints goes to output.txt in its folder."""
+def start(run, slot, threads):
+    """Start train.py for a run; what it prints goes to output.txt in its folder. slot: which of the places side by side."""
     os.makedirs(run.folder, exist_ok=True)
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["OMP_NUM_THREADS"] = str(threads)
     if torch.cuda.is_available():
-        environment.setdefault("CUDA_VISIBLE_DEVICES", str(number % torch.cuda.device_count()))
+        gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        gpus = gpus if gpus != [""] else [str(number) for number in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *run.arguments]
-    if "--threads" not in run.arguments:
+    if not any(argument.split("=")[0] == "--threads" for argument in run.arguments):
         command += ["--threads", str(threads)]
     with open(os.path.join(run.folder, "output.txt"), "a") as output:
         run.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    run.tries, run.status = run.tries + 1, "running"
+    run.slot, run.tries, run.status = slot, run.tries + 1, "running"
 
 
 def run_all(runs, jobs, threads):
@@ -234,13 +243,13 @@ def run_all(runs, jobs, threads):
     weight = {id(run): run.step_seconds or run.step_flops for run in runs}   # the bar counts time rather than steps
     total = sum(max(run.steps.values()) * weight[id(run)] for run in runs)
     done = sum(progress(run) * weight[id(run)] for run in runs)
-    with tqdm(total=100, initial=100 * done / total, desc="grid", unit="%", smoothing=0.02,
+    with tqdm(total=100, initial=min(100, 100 * done / total), desc="grid", unit="%", smoothing=0.02,
               bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go {postfix}") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    start(run, runs.index(run), threads)
+                    start(run, min(set(range(jobs)) - {other.slot for other in running}), threads)
                     running.append(run)
                 time.sleep(0.5)
                 for run in [run for run in running if run.process.poll() is not None]:
@@ -256,43 +265,53 @@ def run_all(runs, jobs, threads):
                     (waiting if again else failed).append(run)
                 finished = sum(run.status == "done" for run in runs)
                 bar.set_postfix_str(f"{finished} of {len(runs)} runs done, now " + ", ".join(run.name for run in running))
-                bar.update(100 * sum(progress(run) * weight[id(run)] for run in runs) / total - bar.n)
+                bar.update(min(100, 100 * sum(progress(run) * weight[id(run)] for run in runs) / total) - bar.n)
         finally:
             for run in running:
                 run.process.terminate()
     return failed
 
 
-def main():
-    sweep, flags = parse_flags((SweepConfig,), __doc__, rest=True)
+def run_sweep(sweep, flags):
+    """Plan, check, run and fit; -> exit status: that of fit.py, or 1 where a run failed."""
     out = sweep.out or f"results/my-{sweep.preset}"
-    try:
-        runs, left_out = plan(sweep, flags)
-        gpus = torch.cuda.device_count()
-        jobs = min(sweep.jobs or gpus or os.cpu_count(), len(runs))
-        threads = max(1, os.cpu_count() // jobs)
+    runs, left_out = plan(sweep, flags)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = min(sweep.jobs or torch.cuda.device_count() or cores, len(runs))
+    threads = max(1, cores // jobs)
+    if not sweep.dry_run:
+        data = load_data(runs[0].configs[1])  # fails here rather than in every run, and leaves real images in the cache of datasets
+        train.count_validation(data, runs[0].configs[2].val_images)
         for run in runs:
-            run.status = "done" if not sweep.dry_run and check_folder(run) else "waiting"
-        time_steps([run for run in runs if run.status == "waiting"], threads)
-        if sweep.dry_run:
-            print_plan(runs, left_out, jobs, threads)
-            return
-        data_config = runs[0].configs[1]
-        load_data(data_config)  # fails here rather than in every run, and leaves real images in the cache of datasets
-    except ValueError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    cells = sum(len(run.steps) for run in runs)
-    print(f"{out}: {len(runs)} runs, {cells} points, {jobs} at a time with {threads} thread{'s' * (threads > 1)}; "
-          f"{sum(run.status == 'done' for run in runs)} are done; {estimate(runs, jobs, threads)}")
+            run.status = "done" if check_folder(run) else "waiting"
+    time_steps([run for run in runs if run.status == "waiting"], threads)
+    if sweep.dry_run:
+        print_plan(runs, left_out, jobs, threads)
+        return 0
+    print(f"{out}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points ({len(left_out)} cells of no use are left out, "
+          f"--dry_run lists them); {sum(run.status == 'done' for run in runs)} are done\n{estimate(runs, jobs, threads)}")
     began = time.monotonic()
     failed = run_all(runs, jobs, threads)
     print(f"trained in {(time.monotonic() - began) / 60:.1f} minutes")
     if failed:
-        print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders). "
-              f"The same command tries them again", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fit.py"), out]))
+        print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders); "
+              f"the same command tries them again. The law of the others:", file=sys.stderr)
+    fit = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fit.py"), out]
+    status = subprocess.call(fit + (["--metric", "train_loss"] if sweep.preset == "paper" else []))
+    return 1 if failed else status
+
+
+def main():
+    sweep, flags = parse_flags((SweepConfig,), __doc__, rest=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended too
+    try:
+        sys.exit(run_sweep(sweep, flags))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        print("sweep.py: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,16 @@ The same command resumes a run that was interrupted, and does nothing where ever
 """
 import copy
 import dataclasses
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one folder are then the user's to avoid
+    fcntl = None
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,7 +40,7 @@ SCHEMA = 1
 MIN_STEPS, MIN_WARMUPS = 50, 5   # below 50 steps or 5 warm-ups a point says more of the start than of the budget
 CHECKPOINT_SECONDS = 60          # how much work a kill -9 may cost
 LOG_STEPS = 10                   # the losses of so many steps are fetched from the device at once
-VALIDATION_SEED, VALIDATION_BATCH = 0, 64
+VALIDATION_SEED, VALIDATION_IMAGES, VALIDATION_BATCH = 0, 8192, 64
 RAW_SHARE = 16                   # raw weights are compared with their average on one validation image in so many
 SAMPLES, SAMPLE_STEPS = 8, 8     # in the picture of a point
 PRESETS = {
@@ -43,7 +48,7 @@ PRESETS = {
     "paper": dict(**FAMILY_CONFIG["paper"], lr=1e-4, batch=1024, micro_batches=64, warmup=100, count="6nd"),
 }
 # Dense bf16 peaks in FLOP/s, from the vendors' datasheets; a device that is not here gets no MFU rather than a wrong one.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12,
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12,
               "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
 
 
@@ -67,7 +72,8 @@ class TrainConfig:
     caption_dropout: float = field(default=0.1, metadata={"help": "share of captions left out, for guidance"})
     t_sampling: Literal["logit_normal", "uniform"] = field(default="logit_normal", metadata={"help": "distribution of t"})
     ema_width: float = field(default=0.1, metadata={"help": "relative width of the power-function average of the weights"})
-    val_images: int = field(default=8192, metadata={"help": "validation images, the same for every run"})
+    val_images: Optional[int] = field(default=None, metadata={
+        "help": "validation images, the same for every run (default: 8192, or all where there are fewer)"})
     precision: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={
         "help": "of the products; auto: bfloat16 on a GPU that has it, else float32"})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to train"})
@@ -80,20 +86,22 @@ class TrainConfig:
             raise ValueError(f"--budget {self.budget}: needs positive numbers")
         if any(b >= c for b, c in zip(self.budget, self.budget[1:])):
             raise ValueError(f"--budget {' '.join(f'{b:g}' for b in self.budget)}: budgets must rise")
-        for name in ("batch", "micro_batches", "accumulate", "val_images"):
+        if len({f"{budget:.4g}" for budget in self.budget}) < len(self.budget):
+            raise ValueError(f"--budget {' '.join(f'{b!r}' for b in self.budget)}: two are the same to 4 digits, which name their folders")
+        for name in ("batch", "micro_batches", "accumulate", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads {self.threads}: must be at least 1")
         if self.batch % self.micro_batches:
             raise ValueError(f"--batch {self.batch} is not divisible by --micro_batches {self.micro_batches}")
-        if self.val_images < 2:
+        if self.val_images is not None and self.val_images < 2:
             raise ValueError(f"--val_images {self.val_images}: a standard error needs at least 2")
         for name in ("lr", "clip", "ema_width"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be positive")
-        if self.warmup < 1:
-            raise ValueError(f"--warmup {self.warmup}: must be at least 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight_decay {self.weight_decay}: must not be negative")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"--caption_dropout {self.caption_dropout}: must be in [0, 1)")
         if self.ema_width >= 0.28:
@@ -133,6 +141,10 @@ def steps_for(budget, model, config):
     return steps
 
 
+def one_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def write_whole(path, write):
     """write(temporary path), then rename: the file appears whole or not at all, also after kill -9 or on a full disk."""
     temporary = f"{path}.tmp{os.getpid()}"
@@ -142,7 +154,7 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save tells a full disk as a RuntimeError about positions
-        raise OSError(f"{path} could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
+        raise OSError(f"{path} could not be written, is the disk full? ({one_line(error)})") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -158,8 +170,8 @@ def write_json(path, content):
     write_whole(path, write)
 
 
-def read_record(path):
-    """A point's result.json, or None where there is none. Raises ValueError for a torn or foreign one."""
+def read_record(path, budget):
+    """A point's result.json, or None where there is none. Raises ValueError for a torn or foreign one, or another budget's."""
     if not os.path.exists(path):
         return None
     try:
@@ -167,9 +179,9 @@ def read_record(path):
             record = json.load(file)
         if record["schema"] != SCHEMA:
             raise ValueError(f"{path}: schema {record['schema']}, this version writes {SCHEMA}: move it away")
-        if not math.isfinite(record["val_loss_ema"]):
-            return None
-        return record
+        if record["budget"] != budget:
+            raise ValueError(f"{path}: is of budget {record['budget']!r}, not of {budget!r}: take another --out")
+        return record if math.isfinite(record["val_loss_ema"]) else None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         raise ValueError(f"{path}: torn, or not a record of isoflow: delete it to have this point made again") from None
 
@@ -221,14 +233,21 @@ def training_batch(data, config, step, rank, world, device):
     return to_data(k, torch.cat(u)), torch.cat(eps), t, text, text_mask & torch.cat(keep)[:, None]
 
 
-def validation_batches(data, images, rank=0, world=1):
-    """This rank's share of the fixed validation set: (indices, (x, eps, t, text, text_mask)), drawn on the CPU.
+def count_validation(data, wanted):
+    """How many validation images are used. Raises ValueError where more are wanted than there are."""
+    if wanted and data.validation_images and wanted > data.validation_images:
+        raise ValueError(f"--val_images {wanted}: {data.config.data} has only {data.validation_images} for validation")
+    return wanted or min(VALIDATION_IMAGES, data.validation_images or VALIDATION_IMAGES)
 
-    Independent of the run's seed, device and world size: images, u, times (one in each of `images` slices of
+
+def validation_batches(data, images, rank=0, world=1, first=None):
+    """This rank's share of the fixed validation set, or of its `first` images: (indices, (x, eps, t, text, text_mask)).
+
+    Drawn on the CPU, independent of the run's seed, device and world size: images, u, times (one in each of `images` slices of
     the logit-normal, whatever the training times are) and noises are the same for every run of a sweep.
     """
     strata = torch.randperm(images, generator=seeded(VALIDATION_SEED, images))
-    for number, start in enumerate(range(0, images, VALIDATION_BATCH)):
+    for number, start in enumerate(range(0, first or images, VALIDATION_BATCH)):
         if number % world != rank:
             continue
         index = torch.arange(start, min(start + VALIDATION_BATCH, images))
@@ -243,13 +262,10 @@ def validation_batches(data, images, rank=0, world=1):
 def validation_losses(model, data, config, rank=0, world=1, first=None):
     """Loss of each validation image (n,), and its time (n,): float32 on the CPU, complete on every rank.
 
-    first: only so many of them, in whole batches; the others are nan.
+    first: only so many of them (the end of a batch), and n is that.
     """
     losses, times = torch.zeros(config.val_images), torch.zeros(config.val_images)
-    for index, batch in validation_batches(data, config.val_images, rank, world):
-        if first is not None and index[0] >= first:
-            losses[index] = math.nan
-            continue
+    for index, batch in validation_batches(data, config.val_images, rank, world, first):
         with autocast(batch[0].device, config.precision):
             losses[index] = flow.validation_loss(model, [batch])
         times[index] = batch[2].cpu()
@@ -257,7 +273,7 @@ def validation_losses(model, data, config, rank=0, world=1, first=None):
         both = torch.stack([losses, times]).to(data.device)
         dist.all_reduce(both)
         losses, times = both.cpu()
-    return losses, times
+    return losses[:first], times[:first]
 
 
 def sample_images(model, data, config, index, steps=16, solver="heun", guidance=3.0, seed=VALIDATION_SEED):
@@ -282,7 +298,8 @@ def find_device(device_flag, precision_flag):
         # On a CPU bfloat16 is a choice: at the widths a laptop can train, converting costs more than it saves.
         name, has_bfloat16 = f"CPU {platform.machine()} ({torch.backends.cpu.get_cpu_capability()})", False
     precision = precision_flag if precision_flag != "auto" else "bfloat16" if has_bfloat16 else "float32"
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    peak = peak if precision == "bfloat16" else None
     return device, precision, name, peak
 
 
@@ -304,20 +321,32 @@ def definition_of(model_config, data_config, config):
     return {"schema": SCHEMA, "model": dataclasses.asdict(model_config), "data": dataclasses.asdict(data_config), "train": settings}
 
 
-def check_earlier_run(out, definition, runtime, allow_drift):
-    """Refuse to go on with a run that was begun with another definition, or (unless allowed) on another machine."""
+def lock(path):
+    """Hold a file so that no second process trains in the same folder; the system lets go of it however this one ends."""
+    file = open(path)
+    if fcntl and path != os.devnull:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise ValueError(f"{os.path.dirname(path)}: another process is training in this folder") from None
+    return file
+
+
+def check_earlier_run(out, definition, runtime=None):
+    """Refuse a folder that was begun with another definition, or (where it is given) on another machine."""
     path = os.path.join(out, "config.json")
     if not os.path.exists(path):
         return
     try:
         with open(path) as file:
             saved = json.load(file)
-        saved_runtime = saved.pop("runtime")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError):
+        saved_runtime = dict(saved.pop("runtime"))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: torn, or not a configuration of isoflow: move it away or take another --out") from None
     if differs := differences(saved, definition):
         raise ValueError(f"--out {out} belongs to another configuration ({'; '.join(differs)}): take another --out")
-    if not allow_drift and (differs := differences(saved_runtime, runtime)):
+    if runtime and (differs := differences(saved_runtime, runtime)):
         raise ValueError(f"--out {out} was begun elsewhere ({'; '.join(differs)}), so its last bits would differ: "
                          f"take another --out, or --allow_drift")
 
@@ -328,7 +357,7 @@ def read_checkpoint(path, device):
         saved["state"]["step"]
         return saved
     except Exception as error:  # torch raises many kinds; whichever it is, the file is of no use
-        raise ValueError(f"{path}: torn, or not a checkpoint of isoflow ({str(error).splitlines()[0]}): "
+        raise ValueError(f"{path}: torn, or not a checkpoint of isoflow ({one_line(error)}): "
                          f"delete it to start this run over") from None
 
 
@@ -341,10 +370,10 @@ def open_log(path, step):
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
-                except (json.JSONDecodeError, KeyError):
+                except (json.JSONDecodeError, KeyError, TypeError):
                     break  # the line that the kill tore
-    with open(path, "w") as file:
-        file.writelines(kept)
+    if path != os.devnull:
+        write_whole(path, lambda temporary: open(temporary, "w").writelines(kept))
     return open(path, "a")
 
 
@@ -376,15 +405,18 @@ def train(model_config, data_config, config):
             raise ValueError(f"--budget {budget:g} {larger:g}: both are {target[budget]} steps; take budgets further apart")
 
     definition = definition_of(model_config, data_config, config)
+    config = dataclasses.replace(config, val_images=count_validation(data, config.val_images))
     runtime = {"device": device_name, "devices": world, "threads": torch.get_num_threads(), "versions": {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     out = config.out or os.path.join("results", "train", run_name(model_config, config.seed))
-    check_earlier_run(out, definition, runtime, config.allow_drift)
-    records = {budget: read_record(os.path.join(point_folder(out, budget), "result.json")) for budget in config.budget}
+    check_earlier_run(out, definition)
+    records = {budget: read_record(os.path.join(point_folder(out, budget), "result.json"), budget) for budget in config.budget}
     missing = [budget for budget in config.budget if records[budget] is None]
     if not missing:
         say(f"{out}: all budgets are done ({', '.join(f'{budget:g}' for budget in config.budget)})")
         return list(records.values())
+    if not config.allow_drift:
+        check_earlier_run(out, definition, runtime)
     if rank == 0:
         os.makedirs(out, exist_ok=True)
         if not os.path.exists(os.path.join(out, "config.json")):
@@ -403,7 +435,7 @@ def train(model_config, data_config, config):
     loss = smooth = torch.zeros((), device=device)             # of the last step; exponentially averaged: the paper's
     words = torch.zeros((), dtype=torch.long, device=device)   # real caption tokens seen
     state = {"step": 0, "seconds": 0.0, "evaluation_seconds": 0.0, "start_loss": None, "start_loss_expected": None}
-    checkpoint = os.path.join(out, "checkpoint.pt")
+    checkpoint, known = os.path.join(out, "checkpoint.pt"), 0   # up to step `known` log and checkpoint are there already
     if os.path.exists(checkpoint):
         saved = read_checkpoint(checkpoint, device)
         if saved["state"]["step"] <= target[missing[0]]:
@@ -413,6 +445,7 @@ def train(model_config, data_config, config):
             loss, smooth, words, state = (saved[name] for name in ("loss", "smooth", "words", "state"))
             say(f"{out}: resumed at step {state['step']}")
         else:  # a budget was added below one that is done; the same steps lead to it again
+            known = saved["state"]["step"]
             say(f"{out}: budget {missing[0]:g} lies before the checkpoint at step {saved['state']['step']}: from the start")
 
     say(json.dumps({**definition, "runtime": runtime}))
@@ -421,15 +454,22 @@ def train(model_config, data_config, config):
     about = {"definition": json.dumps(definition), "shape": json.dumps(data.shape)}  # so that weights say what they are
     clock = saved_at = time.monotonic()
 
-    def save_checkpoint():
+    def fail(what):
+        reason = f"{what} at or before step {state['step']} (is --lr {config.lr:g} too large?)"
         if rank == 0:
+            write_json(os.path.join(out, "failed.json"), {"step": state["step"], "reason": reason})
+        raise FloatingPointError(f"{out}: {reason}; the last checkpoint is kept")
+
+    def save_checkpoint():
+        if rank == 0 and state["step"] >= known:
             content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                        "loss": loss, "smooth": smooth, "words": words, "state": state, **about}
             write_whole(checkpoint, lambda temporary: torch.save(content, temporary))
 
-    with (tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step", disable=rank > 0,
+    with (lock(os.path.join(out, "config.json") if rank == 0 else os.devnull),
+          tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step", disable=rank > 0,
                smoothing=0.05, mininterval=1 if sys.stderr.isatty() else 30) as bar,
-          open_log(os.path.join(out, "log.jsonl") if rank == 0 else os.devnull, state["step"]) as log):
+          open_log(os.path.join(out, "log.jsonl") if rank == 0 else os.devnull, max(known, state["step"])) as log):
         for budget in missing:
             while state["step"] < target[budget]:
                 step = state["step"] + 1
@@ -446,7 +486,8 @@ def train(model_config, data_config, config):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 # The average of the weights of steps 1 to now with weight step^gamma (Karras et al. 2024, eq. 127).
-                torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / step) ** (gamma + 1))
+                with torch.no_grad():
+                    torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / step) ** (gamma + 1))
                 step_words = batch[4].sum()
                 start = flow.expected_start_loss(batch[0]) if step == 1 else torch.zeros((), device=device)
                 if world > 1:
@@ -464,16 +505,13 @@ def train(model_config, data_config, config):
                     # The only place where the device is waited for. A loss that is not finite stays so in its average.
                     average, gradient = smooth.item(), norm.item()
                     if not (math.isfinite(average) and math.isfinite(gradient)):
-                        reason = f"the loss or its gradient is not finite at or before step {step} (is --lr {config.lr:g} too large?)"
-                        if rank == 0:
-                            write_json(os.path.join(out, "failed.json"), {"step": step, "reason": reason})
-                        raise FloatingPointError(f"{out}: {reason}; the last checkpoint is kept")
+                        fail("the loss or its gradient is not finite")
                     now = time.monotonic()
                     state["seconds"], clock = state["seconds"] + now - clock, now
                     rate = step * step_flops / state["seconds"] / world
                     bar.set_postfix_str(f"loss {average:.4f}, {step * step_flops:.3g} FLOPs done, "
                                         + (f"MFU {rate / peak:.1%}" if peak else f"{rate / 1e9:.0f} GFLOP/s"))
-                    if step % LOG_STEPS == 0:
+                    if step % LOG_STEPS == 0 and step > known:
                         log.write(json.dumps({"step": step, "C": step * step_flops, "train_loss": loss.item(),
                                               "train_loss_smooth": average, "grad_norm": gradient,
                                               "lr": optimizer.param_groups[-1]["lr"], "seconds": round(state["seconds"], 3)}) + "\n")
@@ -488,9 +526,12 @@ def train(model_config, data_config, config):
             ema_losses, times = validation_losses(ema, data, config, rank, world)
             val_loss_ema, val_loss_ema_se = flow.mean_and_standard_error(ema_losses)
             # The raw weights, by their difference from the average on a part of the images: it varies far less than the loss.
-            raw_losses, _ = validation_losses(model, data, config, rank, world, first=max(2, config.val_images // RAW_SHARE))
-            gap, gap_se = flow.mean_and_standard_error((raw_losses - ema_losses)[raw_losses.isfinite()])
+            part = min(config.val_images, max(1, config.val_images // RAW_SHARE // VALIDATION_BATCH) * VALIDATION_BATCH)
+            raw_losses, _ = validation_losses(model, data, config, rank, world, first=part)
+            gap, gap_se = flow.mean_and_standard_error(raw_losses - ema_losses[:part])
             val_loss, val_loss_se = val_loss_ema + gap, math.hypot(val_loss_ema_se, gap_se)
+            if not math.isfinite(val_loss_ema + val_loss):
+                fail("the validation loss is not finite")
             if rank == 0:
                 folder = point_folder(out, budget)
                 os.makedirs(folder, exist_ok=True)
@@ -526,7 +567,8 @@ def train(model_config, data_config, config):
             }
             if rank == 0:
                 write_json(os.path.join(folder, "result.json"), records[budget])
-            bar.write(f"{budget:g} FLOPs: validation loss {val_loss_ema:.4f} +- {val_loss_ema_se:.4f} (EMA), {val_loss:.4f} (raw)")
+            if rank == 0:
+                bar.write(f"{budget:g} FLOPs: validation loss {val_loss_ema:.4f} +- {val_loss_ema_se:.4f} (EMA), {val_loss:.4f} (raw)")
     return list(records.values())
 
 
@@ -535,7 +577,8 @@ def main():
     try:
         train(model_config, data_config, config)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     finally:
         if dist.is_initialized():

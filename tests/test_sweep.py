@@ -98,7 +98,7 @@ def test_a_failing_run_is_tried_once_more_and_named(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize("arguments, named", [
     (["--budget", "2e9", "1e9"], "--budget"), (["--widht", "8"], "--widht"), (["--jobs", "0"], "--jobs"),
     (["--depth", "1", "2", "--width", "8", "16", "24"], "--depth"), (["--width", "9"], "--head_dim"), (["--window", "1"], "--window"),
-    (["--data", "/no/such"], "--data"), (["--budget", "1e3"], "nothing to run"), (["--seed", "3"], "--seeds"), (["--preset", "big"], "--preset"),
+    (["--data", "/no/such"], "--data"), (["--budget", "1e3"], "nothing to run"), (["--seed", "3"], "--seeds"), (["--width", "32", "32"], "twice"), (["--preset", "big"], "--preset"),
     (["--preset", "paper"], "--data"),
 ])
 def test_bad_input_is_one_line(tmp_path, arguments, named):
