@@ -756,10 +756,13 @@ def family(P, N):
     big = int(P["N"].argmax())  # with all parameters counted the ratio drifts: take it where the plan is nearest
     ratio = P["N"][big] / records[big]["depth"] / records[big]["width"] ** 2
     head, depths = records[0].get("head_dim") or 1, {r["depth"] for r in records}
-    aspect = np.median([r["width"] / r["depth"] for r in records])
-    choices = [(d, w * head) for d in depths for w in range(1, 4096)] if len(depths) == 1 else \
-        [(d, max(1, round(aspect * d / head)) * head) for d in range(1, 513)]
-    return min(choices, key=lambda c: abs(math.log(ratio * c[0] * c[1] ** 2 / N)))
+    aspects = [r["width"] / r["depth"] for r in records]
+    if len(depths) == 1:
+        return min(((d, w * head) for d in depths for w in range(1, 4096)), key=lambda c: abs(math.log(ratio * c[0] * c[1] ** 2 / N)))
+    # Of the shapes within the family's aspects the one nearest in N, and of near ones the one of the usual aspect.
+    choices = [(d, w * head) for d in range(1, 513) for w in range(max(1, int(min(aspects) * d / head)), int(max(aspects) * d / head) + 2)
+               if min(aspects) <= w * head / d <= max(aspects)]
+    return min(choices, key=lambda c: abs(math.log(ratio * c[0] * c[1] ** 2 / N)) + 0.1 * abs(math.log(c[1] / c[0] / np.median(aspects))))
 
 
 def tokens_per_image(P):
