@@ -163,7 +163,7 @@ def main():
             save_samples(target, model, data, definition, config, f"{which} on {name}")
             print(f"written: {target}")
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        print(f"evaluate.py: {train.one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 

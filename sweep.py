@@ -307,7 +307,7 @@ def main():
     try:
         sys.exit(run_sweep(sweep, flags))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
+        print(f"sweep.py: {train.one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         print("sweep.py: interrupted; the same command goes on", file=sys.stderr)

@@ -10,10 +10,6 @@ The same command resumes a run that was interrupted, and does nothing where ever
 """
 import copy
 import dataclasses
-try:
-    import fcntl
-except ImportError:  # Windows: two processes in one folder are then the user's to avoid
-    fcntl = None
 import hashlib
 import json
 import math
@@ -23,6 +19,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import List, Literal, Optional
 
 import numpy as np
@@ -35,6 +32,11 @@ from tqdm import tqdm
 import flow
 from data import DataConfig, load_data, save_grid
 from model import FAMILY_CONFIG, DiT, ModelConfig, parse_flags
+
+try:
+    import fcntl
+except ImportError:  # Windows: that no second process trains in a folder is the user's care
+    fcntl = None
 
 SCHEMA = 1
 MIN_STEPS, MIN_WARMUPS = 50, 5   # below 50 steps or 5 warm-ups a point says more of the start than of the budget
@@ -142,6 +144,7 @@ def steps_for(budget, model, config):
 
 
 def one_line(error):
+    """The first line of an error's message, or its name where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -373,7 +376,7 @@ def open_log(path, step):
                 except (json.JSONDecodeError, KeyError, TypeError):
                     break  # the line that the kill tore
     if path != os.devnull:
-        write_whole(path, lambda temporary: open(temporary, "w").writelines(kept))
+        write_whole(path, lambda temporary: Path(temporary).write_text("".join(kept)))
     return open(path, "a")
 
 
@@ -567,7 +570,6 @@ def train(model_config, data_config, config):
             }
             if rank == 0:
                 write_json(os.path.join(folder, "result.json"), records[budget])
-            if rank == 0:
                 bar.write(f"{budget:g} FLOPs: validation loss {val_loss_ema:.4f} +- {val_loss_ema_se:.4f} (EMA), {val_loss:.4f} (raw)")
     return list(records.values())
 
@@ -578,7 +580,7 @@ def main():
         train(model_config, data_config, config)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"train.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     finally:
         if dist.is_initialized():
