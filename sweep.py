@@ -243,7 +243,7 @@ def run_all(runs, jobs, threads):
     weight = {id(run): run.step_seconds or run.step_flops for run in runs}   # the bar counts time rather than steps
     total = sum(max(run.steps.values()) * weight[id(run)] for run in runs)
     done = sum(progress(run) * weight[id(run)] for run in runs)
-    with tqdm(total=100, initial=min(100, 100 * done / total), desc="grid", unit="%", smoothing=0.02,
+    with tqdm(total=100, initial=min(100, 100 * done / total), desc="grid", unit="%", smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 30,
               bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go {postfix}") as bar:
         try:
             while waiting or running:
@@ -264,7 +264,7 @@ def run_all(runs, jobs, threads):
                     run.status = "waiting" if again else "failed"
                     (waiting if again else failed).append(run)
                 finished = sum(run.status == "done" for run in runs)
-                bar.set_postfix_str(f"{finished} of {len(runs)} runs done, now " + ", ".join(run.name for run in running))
+                bar.set_postfix_str(f"{finished} of {len(runs)} runs done, now " + ", ".join(run.name for run in running), refresh=False)
                 bar.update(min(100, 100 * sum(progress(run) * weight[id(run)] for run in runs) / total) - bar.n)
         finally:
             for run in running:
