@@ -149,6 +149,18 @@ def test_random_numbers_of_a_step_depend_on_neither_rank_nor_world():
     assert not torch.equal(after[1], eps) and not torch.equal(after[0], x)
 
 
+def test_eight_bits_are_dequantised_with_fresh_noise():
+    """x = (k + u) / 128 - 1: the level comes back from x, u is uniform, and another step draws another."""
+    config, data = train.TrainConfig(batch=64, micro_batches=4), load_data(DataConfig())
+    k, *_ = data.batch("train", torch.arange(64))
+    x, *_ = train.training_batch(data, config, 1, 0, 1, torch.device("cpu"))
+    assert torch.equal(((x.double() + 1) * 128).floor().to(torch.uint8), k)
+    u = (x.double() + 1) * 128 - k
+    assert u.mean().item() == pytest.approx(0.5, abs=0.01) and u.var().item() == pytest.approx(1 / 12, abs=0.002)
+    batches = dict((int(index[0]), batch) for index, batch in train.validation_batches(data, 128))
+    assert torch.equal(batches[64][0], dict((int(i[0]), b) for i, b in train.validation_batches(data, 128))[64][0])   # fixed
+
+
 def test_start_loss_and_record(tmp_path):
     folder = run(tmp_path / "run", 12)
     record = json.loads((point(folder, 12) / "result.json").read_text())
