@@ -154,7 +154,7 @@ def test_eight_bits_are_dequantised_with_fresh_noise():
     config, data = train.TrainConfig(batch=64, micro_batches=4), load_data(DataConfig())
     k, *_ = data.batch("train", torch.arange(64))
     x, *_ = train.training_batch(data, config, 1, 0, 1, torch.device("cpu"))
-    assert torch.equal(((x.double() + 1) * 128).floor().to(torch.uint8), k)
+    assert (((x.double() + 1) * 128).floor() != k).double().mean() < 1e-4            # where float32 rounds u up to 1
     u = (x.double() + 1) * 128 - k
     assert u.mean().item() == pytest.approx(0.5, abs=0.01) and u.var().item() == pytest.approx(1 / 12, abs=0.002)
     batches = dict((int(index[0]), batch) for index, batch in train.validation_batches(data, 128))
