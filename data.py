@@ -274,7 +274,8 @@ class Images:
     """
 
     def __init__(self, config, seed=0, device="cpu"):
-        from datasets import load_dataset  # here, since it takes a second that scenes need not spend
+        from datasets import load_dataset, logging  # here, since it takes a second that scenes need not spend
+        logging.set_verbosity(logging.CRITICAL)     # what can't be read is said below, in one line
         self.config, self.seed, self.device = config, seed, torch.device(device)
         path = config.data
         if not os.path.exists(path):
@@ -360,7 +361,7 @@ def save_grid(path, groups, captions, title, columns=4, side=112):
 
     groups: a list of (n, 3, R, R) uint8 tensors. The file appears whole or not at all.
     """
-    font, gap, lines = ImageFont.load_default(13), 10, 3
+    font, gap = ImageFont.load_default(13), 10
     cell = len(groups) * (side + 4)
     wrapped = [textwrap.wrap(caption or "(no caption)", max(12, cell // 7)) for caption in captions]
     lines = min(max(len(text) for text in wrapped), 5)
@@ -375,7 +376,8 @@ def save_grid(path, groups, captions, title, columns=4, side=112):
         for g, images in enumerate(groups):
             image = Image.fromarray(images[k].permute(1, 2, 0).cpu().numpy())
             page.paste(image.resize((side, side), Image.Resampling.NEAREST), (left + g * (side + 4), upper))
-        pen.multiline_text((left, upper + side + 4), "\n".join(text[:lines]), "black", font)
+        shown = text[:lines] if len(text) <= lines else [*text[:lines - 1], text[lines - 1] + " …"]
+        pen.multiline_text((left, upper + side + 4), "\n".join(shown), "black", font)
     try:
         page.save(f"{path}.tmp", "PNG")
         os.replace(f"{path}.tmp", path)

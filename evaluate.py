@@ -31,7 +31,8 @@ class EvaluateConfig:
     path: str = field(default="results/my-quick", metadata={
         "help": "a results directory, a run, a point, an ema.safetensors or a checkpoint.pt"})
     data: Optional[List[str]] = field(default=None, metadata={"help": "data sets (default: the one of the training)"})
-    n: int = field(default=1024, metadata={"help": "validation images, at most those that there are"})
+    n: Optional[int] = field(default=None, metadata={
+        "help": "validation images, at most those that there are (default: as many as in the training's own records)"})
     samples: int = field(default=16, metadata={"help": "samples in the picture; 0 for no picture"})
     steps: int = field(default=16, metadata={"help": "sampling steps"})
     solver: Literal["heun", "euler"] = field(default="heun", metadata={"help": "of the samples"})
@@ -40,10 +41,10 @@ class EvaluateConfig:
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to evaluate"})
 
     def __post_init__(self):
-        if self.n < 2:
+        if self.n is not None and self.n < 2:
             raise ValueError(f"--n {self.n}: a standard error needs at least 2 images")
-        if not 0 <= self.samples <= self.n:
-            raise ValueError(f"--samples {self.samples}: must be from 0 to --n {self.n}")
+        if self.samples < 0 or (self.n and self.samples > self.n):
+            raise ValueError(f"--samples {self.samples}: must be from 0 to --n")
         if self.steps < 1:
             raise ValueError(f"--steps {self.steps}: must be at least 1")
 
@@ -143,7 +144,8 @@ def main():
                 data = sources[data_config]
                 if data.shape != shape:
                     raise ValueError(f"--data {dataset} gives {data.shape}, the model takes {shape}")
-                n = min(config.n, data.validation_images or config.n)
+                n = config.n or definition["train"]["val_images"] or train.VALIDATION_IMAGES
+                n = min(n, data.validation_images or n)
                 name = os.path.splitext(os.path.basename(dataset.rstrip("/")))[0]
                 kind = "metrics" if path.endswith(".safetensors") else "checkpoint_metrics"
                 target = os.path.join(os.path.dirname(path), f"{kind}_{name}.json")
@@ -153,7 +155,7 @@ def main():
                 if metrics is None:
                     metrics = validation_metrics(models, data, definition, n)
                     train.write_json(target, {"schema": train.SCHEMA, "data": dataset, "metrics": metrics, "protocol": protocol})
-                tqdm.write(f"{path} on {name}: " + ", ".join(
+                tqdm.write(f"{path} on {n} images of {name}: " + ", ".join(
                     f"{metric} {number['value']:.4f} +- {number['se']:.4f}" for metric, number in metrics.items()))
                 if name not in pictures or metrics["val_loss_ema"]["value"] < pictures[name][0]:  # the best model's is wanted
                     pictures[name] = metrics["val_loss_ema"]["value"], path, models["ema"], data, definition

@@ -972,10 +972,13 @@ def draw_law(plt, law, file, reference):
         if not ax.has_data():
             ax.set(xscale="linear", yscale="linear", xticks=[], yticks=[])
             continue
+        # Within two decades matplotlib labels ticks between the powers of ten, and they run into each other.
+        ax.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         if hours:
             top = ax.secondary_xaxis("top", functions=(lambda c: c / hours / 3600, lambda h: h * hours * 3600))
             top.set_xlabel("device-hours", fontsize=8)
             top.tick_params(labelsize=8)
+            top.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         if name == "D" and images:
             ax.secondary_yaxis("right", functions=(lambda d: d / images, lambda i: i * images)).set_ylabel("images")
         if ax.get_legend_handles_labels()[0]:
@@ -1072,7 +1075,7 @@ def save(figure, file):
 def arguments(argv):
     p = argparse.ArgumentParser(prog="fit.py", description="Fit a scaling law to results directories or CSV files.", allow_abbrev=False)
     p.add_argument("paths", nargs="*", metavar="PATH", help="results directories or CSV files (default: results/quick)")
-    p.add_argument("--out", type=Path, help="folder to write to (default: PATH/law, or ./law for a CSV)")
+    p.add_argument("--out", type=Path, help="folder to write to (default: PATH/law; ./law for a CSV, and with --plan, --compare or --reference)")
     p.add_argument("--metric", default="val_loss_ema", help="the loss of the records to fit (train_loss is the paper's)")
     p.add_argument("--n", choices=("blocks", "total"), default="blocks", help="which parameters N counts")
     p.add_argument("--seed", type=int, default=0, help="of the resampling")
@@ -1123,7 +1126,8 @@ def run(args):
         ends = [one["_"]["P"]["budgets"][[0, -1]] for one in (law, second)]
         law["comparison"] = compare(law, second, (str(first), args.compare), [
             *np.geomspace(max(e[0] for e in ends), min(e[1] for e in ends), 3), *([law["plan"]["C"]] if args.plan else [])])
-    out, text = args.out or (first / "law" if first.is_dir() else Path("law")), page(law, bool(args.reference))
+    plain = first.is_dir() and not (args.plan or args.compare or args.reference)  # a question asked of a law leaves it alone
+    out, text = args.out or (first / "law" if plain else Path("law")), page(law, bool(args.reference))
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # here and not above, because it costs most of a second

@@ -69,10 +69,12 @@ class ModelConfig:
         "help": f"mup: rate of hidden matrices lr*{MUP_BASE_WIDTH}/width; sp: lr for everything (the paper)"})
 
     def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError(f"--depth {self.depth}: must be at least 1")
         if self.width is None:
             object.__setattr__(self, "width", self.aspect * self.depth)
-        if self.depth < 1 or self.width < 1:
-            raise ValueError(f"--depth {self.depth} and --width {self.width}: both must be at least 1")
+        if self.width < 1:
+            raise ValueError(f"--width {self.width} (or --aspect {self.aspect}): must be at least 1")
         if self.head_dim < 1 or self.width % self.head_dim:
             raise ValueError(f"--width {self.width} is not divisible by --head_dim {self.head_dim}: "
                              f"take a width that is a multiple of {self.head_dim}, or another --head_dim")

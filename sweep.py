@@ -1,8 +1,8 @@
 """Which models and budgets make a law, and how is the grid run?
 
     python sweep.py                        the quick grid on this machine, from nothing to law.png
-    python sweep.py --dry_run              what it would do: models, steps, FLOPs, time
-    python sweep.py --preset paper --dry_run
+    python sweep.py --dry-run              what it would do: models, steps, FLOPs, time
+    python sweep.py --preset paper --dry-run
     python sweep.py --data PATH --out results/mine --budget 1e11 1e12 --width 16 32 64
 
 Any flag of train.py can be given, and goes to every run. A sweep is nothing more than those commands: one run
@@ -180,11 +180,24 @@ def print_plan(runs, left_out, jobs, threads):
             separate += steps * run.step_flops
             before = steps
         total += before * run.step_flops
-    for config, budget, reason in left_out:
-        print(f"left out: depth {config.depth}, width {config.width}, budget {budget:g}: {reason}")
+    print_left_out(runs, left_out)
     cells = sum(len(run.steps) for run in runs)
     print(f"total: {len(runs)} runs, {cells} points, {total:.3g} FLOPs ({total / separate:.0%} of the {separate:.3g} of separate runs)")
     print(estimate(runs, jobs, threads))
+
+
+def print_left_out(runs, left_out):
+    """A line for each size that is not read at every budget, and one for each budget with too few sizes for a parabola."""
+    sizes = {}
+    for config, budget, reason in left_out:
+        far = reason.startswith("the optimum")
+        sizes.setdefault((config.depth, config.width, "far from the expected optimum (--window)" if far else "too few steps"), []).append(budget)
+    for (depth, width, reason), budgets in sizes.items():
+        print(f"left out: depth {depth}, width {width} at {', '.join(f'{budget:.3g}' for budget in sorted(set(budgets)))}: {reason}")
+    for budget in sorted({budget for run in runs for budget in run.steps}):
+        count = len({run.N for run in runs if budget in run.steps})
+        if count < 4:
+            print(f"budget {budget:.3g} keeps {count} size{'s' * (count > 1)}: fit.py needs 4 to use it")
 
 
 def estimate(runs, jobs, threads):
@@ -237,14 +250,17 @@ def start(run, slot, threads):
 
 def run_all(runs, jobs, threads):
     """Run the grid, the longest first, `jobs` at a time; a run that fails is tried once more. -> the runs that failed."""
-    waiting = sorted((run for run in runs if run.status == "waiting"),
-                     key=lambda run: -max(run.steps.values()) * (run.step_seconds or run.step_flops))
+    todo = [run for run in runs if run.status == "waiting"]
+    if not todo:
+        return []
+    timed = all(run.step_seconds for run in todo)   # then the bar counts time, else FLOPs
+    cost = {run.name: run.step_seconds if timed else run.step_flops for run in todo}
+    total = sum(max(run.steps.values()) * cost[run.name] for run in todo)
+    share = lambda: min(100, 100 * sum(progress(run) * cost[run.name] for run in todo) / total)
+    waiting = sorted(todo, key=lambda run: -max(run.steps.values()) * cost[run.name])
     running, failed = [], []
-    weight = {id(run): run.step_seconds or run.step_flops for run in runs}   # the bar counts time rather than steps
-    total = sum(max(run.steps.values()) * weight[id(run)] for run in runs)
-    done = sum(progress(run) * weight[id(run)] for run in runs)
-    with tqdm(total=100, initial=min(100, 100 * done / total), desc="grid", unit="%", smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 30,
-              bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go {postfix}") as bar:
+    with tqdm(total=100, initial=share(), desc="grid", unit="%", smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 30,
+              bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go{postfix}") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -264,8 +280,9 @@ def run_all(runs, jobs, threads):
                     run.status = "waiting" if again else "failed"
                     (waiting if again else failed).append(run)
                 finished = sum(run.status == "done" for run in runs)
-                bar.set_postfix_str(f"{finished} of {len(runs)} runs done, now " + ", ".join(run.name for run in running), refresh=False)
-                bar.update(min(100, 100 * sum(progress(run) * weight[id(run)] for run in runs) / total) - bar.n)
+                bar.set_postfix_str(f"{finished} of {len(runs)} runs done" + (", now " if running else "")
+                                    + ", ".join(run.name for run in running), refresh=False)
+                bar.update(share() - bar.n)
         finally:
             for run in running:
                 run.process.terminate()
@@ -288,8 +305,9 @@ def run_sweep(sweep, flags):
     if sweep.dry_run:
         print_plan(runs, left_out, jobs, threads)
         return 0
-    print(f"{out}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points ({len(left_out)} cells of no use are left out, "
-          f"--dry_run lists them); {sum(run.status == 'done' for run in runs)} are done\n{estimate(runs, jobs, threads)}")
+    print_left_out(runs, left_out)
+    print(f"{out}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points; "
+          f"{sum(run.status == 'done' for run in runs)} runs are done\n{estimate(runs, jobs, threads)}")
     began = time.monotonic()
     failed = run_all(runs, jobs, threads)
     print(f"trained in {(time.monotonic() - began) / 60:.1f} minutes")

@@ -139,7 +139,7 @@ def steps_for(budget, model, config):
     steps = round(budget / step_flops)
     if steps < fewest:
         raise ValueError(f"--budget {budget:g} gives {steps} steps of {step_flops:.3g} FLOPs; a point needs {fewest} "
-                         f"({MIN_STEPS} steps and {MIN_WARMUPS} warm-ups): the smallest possible is {fewest * step_flops:.3g}")
+                         f"({MIN_STEPS}, and {MIN_WARMUPS} times the warm-up): the smallest possible is {fewest * step_flops:.3g}")
     return steps
 
 

@@ -409,7 +409,7 @@ def test_budgets_are_grouped_within_ten_percent(tmp_path):
 
 def test_planted_sweep_is_recovered_from_disk(tmp_path, capsys):
     root = sweep(tmp_path / "quick", seeds=(0, 1), noise=0.001)
-    assert fit.main([str(root), "--plan", "1e13", "--reference", "paper", "--bootstrap", "200"]) == 0
+    assert fit.main([str(root), "--plan", "1e13", "--reference", "paper", "--bootstrap", "200", "--out", str(root / "law")]) == 0
     printed = capsys.readouterr().out
     text = (root / "law" / "law.json").read_text()
     law = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in law.json"))
@@ -549,7 +549,7 @@ def test_compare_finds_multiplier_crossing_and_what_cannot_be_told(tmp_path, cap
     crossing = 5e11
     sweep(tmp_path / "b", noise=0.001, g_shift=0.01, factor=crossing**0.01, data="better", budgets=tuple(np.geomspace(2e11, 8e12, 6)))
     sweep(tmp_path / "c", noise=0.001, factor=1.05)
-    assert fit.main([str(tmp_path / "a"), "--compare", str(tmp_path / "b"), "--bootstrap", "200"]) == 0
+    assert fit.main([str(tmp_path / "a"), "--compare", str(tmp_path / "b"), "--bootstrap", "200", "--out", str(tmp_path / "a" / "law")]) == 0
     found = json.loads((tmp_path / "a" / "law" / "law.json").read_text())["comparison"]
     assert found["exponents"][2]["B-A"]["value"] == pytest.approx(-0.01, abs=2e-3)
     assert found["crossing"]["ci95"][0] < crossing < found["crossing"]["ci95"][1]
@@ -561,3 +561,12 @@ def test_compare_finds_multiplier_crossing_and_what_cannot_be_told(tmp_path, cap
     # a loss 5% higher at an exponent of 0.1 is what A has with 1.05^-10 of the compute
     assert same["multiplier"][0]["value"] == pytest.approx(1.05**-10, rel=0.02)
     assert same["crossing"]["value"] is None and "parallel" in same["crossing"]["reason"] and "cannot tell" in same["reading"]
+
+
+def test_a_plan_leaves_the_law_of_the_results_alone(tmp_path, monkeypatch, capsys):
+    root = sweep(tmp_path / "quick")
+    monkeypatch.chdir(tmp_path)
+    assert fit.main([str(root), "--bootstrap", "50"]) == 0
+    before = {file: file.read_bytes() for file in (root / "law").iterdir()}
+    assert fit.main([str(root), "--plan", "1e13", "--reference", "paper", "--bootstrap", "50"]) == 0
+    assert before == {file: file.read_bytes() for file in (root / "law").iterdir()} and (tmp_path / "law" / "law.md").exists()

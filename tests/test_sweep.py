@@ -32,7 +32,7 @@ def test_a_small_sweep_runs_resumes_and_skips(tmp_path):
     kept = {record: record.stat().st_mtime_ns for record in records}
     records[0].unlink()
     again = command("--out", out, *SMALL, *FLAGS)
-    assert "1 are done" in again.stdout
+    assert "1 runs are done" in again.stdout and "keeps 2 sizes" in again.stdout
     assert records[0].exists() and all(record.stat().st_mtime_ns == kept[record] for record in records[1:])
     refused = command("--out", out, *SMALL, *FLAGS, "--lr", "0.1")
     assert refused.returncode == 2 and "train.lr: 0.006 -> 0.1" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
