@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ from PIL import Image
 
 import evaluate
 import train
-from model import DiT, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +48,17 @@ def test_the_same_protocol_gives_the_trainers_own_number(trained):
     assert (trained / "budget_8e+07" / "metrics_scenes.json").stat().st_mtime_ns == before     # only what is missing
     assert command(trained, "--n", "32", "--samples", "0").returncode == 0
     assert json.loads((trained / "budget_8e+07" / "metrics_scenes.json").read_text())["protocol"]["n"] == 32
+
+
+def test_numbers_of_other_weights_are_not_taken_for_these(trained, tmp_path):
+    """After a run has gone on, what was written about its older weights must not be printed as current."""
+    file = tmp_path / "ema.safetensors"
+    values = []
+    for point in ("budget_4e+07", "budget_8e+07"):
+        shutil.copy(trained / point / "ema.safetensors", file)
+        assert command(file, "--n", "64", "--samples", "0").returncode == 0
+        values.append(json.loads((tmp_path / "metrics_scenes.json").read_text())["metrics"]["val_loss_ema"]["value"])
+    assert values[0] != values[1]
 
 
 def test_samples_depend_on_seed_and_caption_alone(trained):

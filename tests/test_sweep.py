@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import sweep
-import train
 
 ROOT = Path(__file__).parent.parent
 # Two sizes, three budgets, a few seconds.

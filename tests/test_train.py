@@ -189,7 +189,6 @@ def test_the_loss_at_start_is_one_plus_the_second_moment():
 
 
 def test_validation_does_not_depend_on_the_world_and_not_on_the_seed():
-    config = train.TrainConfig(val_images=300)
     first, second = (load_data(DataConfig(resolution=4), seed=s) for s in (0, 1))
     whole = {int(i): x for index, b in train.validation_batches(first, 300) for i, x in zip(index, b[1])}
     shared = {int(i): x for rank in range(3) for index, b in train.validation_batches(second, 300, rank, 3) for i, x in zip(index, b[1])}
