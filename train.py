@@ -279,13 +279,17 @@ def validation_losses(model, data, config, rank=0, world=1, first=None):
     return losses[:first], times[:first]
 
 
-def sample_images(model, data, config, index, steps=16, solver="heun", guidance=3.0, seed=VALIDATION_SEED):
-    """Samples for the captions of validation images `index`: (n, 3, R, R) uint8. Noise depends on (seed, index) alone."""
+def sample_data(model, data, config, index, steps=16, solver="heun", guidance=3.0, seed=VALIDATION_SEED):
+    """Samples x for the captions of validation images `index`, like x, not clipped. Noise depends on (seed, index) alone."""
     k, text, text_mask = data.batch("validation", index)
     eps = torch.stack([torch.randn(k.shape[1:], generator=seeded("sample", seed, i)) for i in index.tolist()]).to(k.device)
     with autocast(k.device, config.precision):
-        x = flow.sample(model, eps, text, text_mask, steps, solver, guidance)
-    return ((x.float() + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+        return flow.sample(model, eps, text, text_mask, steps, solver, guidance).float()
+
+
+def to_levels(x):
+    """x -> the nearest 8-bit levels, (B, C, R, R) uint8: the inverse of to_data."""
+    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
 def find_device(device_flag, precision_flag):
@@ -539,7 +543,7 @@ def train(model_config, data_config, config):
                 folder = point_folder(out, budget)
                 os.makedirs(folder, exist_ok=True)
                 index = torch.arange(min(SAMPLES, config.val_images))
-                samples = sample_images(ema, data, config, index, SAMPLE_STEPS)
+                samples = to_levels(sample_data(ema, data, config, index, SAMPLE_STEPS))
                 save_grid(os.path.join(folder, "samples.png"), [data.batch("validation", index)[0], samples],
                           data.captions("validation", index), f"{os.path.basename(out)}, budget {budget:g}: held-out image | "
                           f"sample for its caption (EMA weights, {SAMPLE_STEPS} Heun steps, guidance 3)")
