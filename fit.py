@@ -10,7 +10,8 @@
 Read from top to bottom: read the points; a parabola of ln loss in ln N at every budget (its vertex is the best model for
 that budget); straight lines through the vertices in log-log; the loss with and without a floor; the parametric form
 L = E + A N^-alpha + B D^-beta as second opinion; resampling of everything; then what follows from it (plan, comparison,
-backtest) and the page and pictures that tell it. Exit status: 0 a law, 2 bad input, 3 a refusal.
+backtest) and the page and pictures that tell it. Metrics that evaluate.py left beside the points are read at the same
+vertices and get the same laws. Exit status: 0 a law, 2 bad input, 3 a refusal.
 
     N  parameters of the model (of its blocks, unless --n total)      D  tokens seen in training: image, text and time
     C  training FLOPs                                                 L  the loss that --metric names
@@ -174,11 +175,11 @@ def points(records, metric="val_loss_ema", n_kind="blocks"):
     P["x0"] = float(np.log(P["budgets"]).mean())  # lines are fitted in ln C - x0, where level and slope are independent
     P["records"], P["dropped"] = kept, dropped
     labels = sorted({k for r in kept for k in r.get("metrics", {})})
-    P["metrics"] = labels
-    with np.errstate(divide="ignore", invalid="ignore"):  # a metric that is not positive has no power law: nan
-        P["Y"] = {"L": np.log(P["loss"]), "D": np.log(P["D"])} | {
-            k: np.log([r.get("metrics", {}).get(k, np.nan) for r in kept]) for k in labels}
-    P["Y"] = {k: np.where(np.isfinite(y), y, np.nan)[None] for k, y in P["Y"].items()}
+    measured = {k: np.array([r.get("metrics", {}).get(k, np.nan) for r in kept]) for k in labels}  # nan: not at this point
+    P["not_positive"] = {k: int((y <= 0).sum()) for k, y in measured.items() if (y <= 0).any()}    # such have no power law
+    P["metrics"] = [k for k in labels if k not in P["not_positive"]]
+    P["lines"] = ["N", "D", "L", *P["metrics"], *(f"N* of {k}" for k in P["metrics"] if k.startswith("fd"))]
+    P["Y"] = {k: np.log(y)[None] for k, y in {"L": P["loss"], "D": P["D"], **{k: measured[k] for k in P["metrics"]}}.items()}
     P["kappa"] = float(np.exp(np.log(P["C"] / P["N"] / P["D"]).mean()))  # C = kappa N D: 6, or more where attention counts
     return P
 
@@ -198,7 +199,8 @@ def parabolas(P, W, Y, factor=FACTOR):
 
     W (R, n) weights of the points (0 leaves one out, 2 counts it twice); Y[name] (R, n) or (1, n) the logs of "L" and of
     what is read at the vertex, the loss-optimal N: "D", not computed as C/6N, and the metrics. The window is chosen anew
-    in every variant. Returns (R, B): N, L, D and metrics (logs, at the vertex), curvature, usable; and window (R, n).
+    in every variant. Returns (R, B): N, L, D and metrics (logs, at the vertex), curvature, usable; "N* of" each FD, where its own
+    parabola has its vertex, nan where it has none; and window (R, n).
     """
     R, B = len(W), len(P["budgets"])
     out = {k: np.full((R, B), np.nan) for k in ("N", "curvature", *Y)}
@@ -226,8 +228,16 @@ def parabolas(P, W, Y, factor=FACTOR):
             value = np.broadcast_to(Y[name], W.shape)[:, i]
             there = w * np.isfinite(value)                                  # nan: not measured at this point
             d = quadratic(x - z0, there, np.nan_to_num(value))
-            out[name][:, b] = np.where((there > 0).sum(1) >= 4, d[:, 0] + z * (d[:, 1] + z * d[:, 2]), np.nan)
+            out[name][:, b] = np.where((there @ onto > 0).sum(1) >= 4, d[:, 0] + z * (d[:, 1] + z * d[:, 2]), np.nan)
+    for name in (k for k in Y if k.startswith("fd")):
+        own = alone(P, W, Y[name])
+        out[f"N* of {name}"] = np.where(own["usable"] & out["usable"], own["N"], np.nan)
     return out
+
+
+def alone(P, W, y):
+    """parabolas() of a metric in place of the loss, at the points that have it; y (R, n) or (1, n), nan where they do not."""
+    return parabolas(P, W * np.isfinite(y), {"L": np.nan_to_num(y)})
 
 
 def line(x, y, use):
@@ -271,17 +281,19 @@ def floor_law(x, y, use):
 
 
 def laws(P, v, keep=None, names=("N", "D", "L")):
-    """Straight lines through the vertices v, and the law with a floor; keep (B,) leaves budgets out. Arrays over R."""
+    """Straight lines through the vertices v, and "NAME floor", the laws with a floor of loss and metrics; keep (B,) leaves budgets
+    out. Arrays over R, nan with fewer than 3 budgets."""
     x = np.log(P["budgets"]) - P["x0"]
     use = v["usable"] & (True if keep is None else keep)
-    out = {k: line(x, v[k], use) for k in names}
-    return out | {"floor": floor_law(x, v["L"], use), "enough": use.sum(1) >= 3}
+    out = {k: np.where((use & np.isfinite(v[k])).sum(1)[:, None] >= 3, line(x, v[k], use), np.nan) for k in names}
+    floors = {f"{k} floor": floor_law(x, v[k], use) for k in names if k == "L" or k in P["metrics"]}
+    return out | floors | {"enough": use.sum(1) >= 3}
 
 
 def at(law, name, x):
-    """A law's value at x = ln C - x0: 'N', 'D' and 'L' from the straight lines, 'floor' from L_inf + K exp(-g x)."""
-    if name == "floor":
-        L, K, g = law["floor"].T
+    """A law's value at x = ln C - x0: 'N', 'D', 'L' from the straight lines, 'L floor' from L_inf + K exp(-g x); so for metrics."""
+    if name.endswith(" floor"):
+        L, K, g = law[name].T
         return L + K * np.exp(-g * x)
     return np.exp(np.clip(law[name][:, 0] + law[name][:, 1] * x, -700, 700))  # a wild resample must not overflow
 
@@ -399,37 +411,46 @@ def parametric_optimum(p, C):
 
 # -------------------------------------------------------------------------------------------- how good is each budget's fit
 
+def unusable(P, v, b, what):
+    """Why `what` has no vertex at budget b, in words; None where it has one. v from parabolas(), R = 1."""
+    sizes = np.unique(np.log(P["N"][(P["budget"] == b) & v["window"][0]]))
+    if len(sizes) < 4:
+        return f"fewer than 4 sizes ({len(sizes)})"
+    if not v["curvature"][0, b] > 0:
+        return "concave parabola: no minimum"
+    if not sizes[0] < v["N"][0, b] < sizes[-1]:
+        return f"no interior minimum: {what} still falls at the {'smallest' if v['N'][0, b] <= sizes[0] else 'largest'} model"
+
+
 def quality(P, v):
     """Per budget: the reason if it is not used, flags in words, the cubic's vertex. Per point: residual and leverage.
 
-    And the noise, for resample(): scale[name] (n,) its standard deviation at each point's budget, and rho, the correlation of
-    two errors of one run. With r = M e the standardised residuals and K marking pairs of one run at two budgets,
-    E[r' K r] = rho tr(K M K M): solved for rho, so that residuals being smaller and less correlated than errors is paid for.
+    And the noise of loss and metrics, for resample(): scale[name] (n,) its standard deviation at each point's budget, and rho, the
+    correlation of two errors of one run. With r = M e the loss's standardised residuals and K marking pairs of one run at two
+    budgets, E[r' K r] = rho tr(K M K M): solved for rho, so that residuals being smaller and less correlated than errors is paid
+    for. mix (k, k) turns independent errors of loss and metrics into errors correlated as their residuals are.
     """
-    n, M, r_all = len(P["N"]), np.zeros((len(P["N"]),) * 2), np.zeros(len(P["N"]))
+    n, names = len(P["N"]), (*P["metrics"], "L")
+    M, unit = np.zeros((n, n)), {k: np.zeros(n) for k in names}
     q = {"residual": np.zeros(n), "reason": [], "flags": [], "cubic": []}
-    q |= {"fitted": {k: y[0].copy() for k, y in P["Y"].items()}, "scale": {k: np.zeros(n) for k in P["Y"]}}
+    q |= {"fitted": {k: P["Y"][k][0].copy() for k in names}, "scale": {k: np.zeros(n) for k in names}}
     for b in range(len(P["budgets"])):
         i = np.flatnonzero((P["budget"] == b) & v["window"][0])
         x, y, best, curved = np.log(P["N"][i]), P["Y"]["L"][0, i], v["N"][0, b], v["curvature"][0, b]
-        sizes, flags, reason, cubic = np.unique(x), [], None, math.nan
-        if len(sizes) < 4:
-            reason = f"fewer than 4 sizes ({len(sizes)})"
-        elif not curved > 0:
-            reason = "concave parabola: no minimum"
-        elif not sizes[0] < best < sizes[-1]:
-            reason = f"no interior minimum: the loss still falls at the {'smallest' if best <= sizes[0] else 'largest'} model"
-        else:
-            X, free = (x - x.mean())[:, None] ** np.arange(4), len(x) - 3
-            G = np.linalg.inv(X[:, :3].T @ X[:, :3])
-            m = np.eye(len(x)) - X[:, :3] @ G @ X[:, :3].T
-            for k, value in P["Y"].items():
-                r = np.nan_to_num(m @ value[0, i])  # nan where a metric was not measured at every size of the window
-                q["fitted"][k][i] -= r
-                q["scale"][k][i] = math.sqrt(r @ r / free)
-            r, h = m @ y, 1 - np.diag(m)
-            error = math.sqrt(r @ r / free)
-            M[np.ix_(i, i)], r_all[i], q["residual"][i] = m, r / max(error, 1e-300), r
+        sizes, flags, reason, cubic = np.unique(x), [], unusable(P, v, b, "the loss"), math.nan
+        if not reason:
+            for k in names:  # the loss comes last: what follows the loop is about its X, G, r and error
+                j = i[np.isfinite(P["Y"][k][0, i])]
+                if len(np.unique(P["N"][j])) < 4:
+                    continue
+                X, free = (np.log(P["N"][j]) - np.log(P["N"][j]).mean())[:, None] ** np.arange(4), len(j) - 3
+                G = np.linalg.inv(X[:, :3].T @ X[:, :3])
+                m = np.eye(len(j)) - X[:, :3] @ G @ X[:, :3].T
+                r = m @ P["Y"][k][0, j]
+                error = math.sqrt(r @ r / free)
+                q["fitted"][k][j] -= r
+                unit[k][j], q["scale"][k][j] = r / max(error, 1e-300), error
+            M[np.ix_(i, i)], q["residual"][i], h = m, r, 1 - np.diag(m)
             if curved < stdtrit(free, 0.975) * error * math.sqrt(G[2, 2]):
                 flags.append("curvature not significant")
             if abs(best - (sizes[0] + sizes[-1]) / 2) > 0.25 * (sizes[-1] - sizes[0]):
@@ -452,8 +473,16 @@ def quality(P, v):
         q["cubic"].append(cubic)
     K = (P["run"][:, None] == P["run"]) & (P["budget"][:, None] != P["budget"])
     KM = K @ M
-    q["rho"] = float(np.clip(r_all @ K @ r_all / max((KM * KM.T).sum(), 1e-300), 0, 1))
+    q["rho"] = float(np.clip(unit["L"] @ K @ unit["L"] / max((KM * KM.T).sum(), 1e-300), 0, 1))
     q["nested"] = P["nested"] if P["nested"] is not None else q["rho"] > 0.25
+    u = np.stack([unit[k] for k in ("L", *P["metrics"])])
+    norms = np.sqrt(u**2 @ (u != 0).T)                                     # over the points that have both metrics of a pair
+    correlation = u @ u.T / np.maximum(norms * norms.T, 1e-300)
+    np.fill_diagonal(correlation, 1)
+    values, vectors = np.linalg.eigh(correlation)                          # taken pairwise it may have negative ones: cut off
+    # Of its square roots the triangular one: the loss's error is the first alone, and the metrics' are drawn given it.
+    root = np.linalg.qr((vectors * np.sqrt(np.maximum(values, 0))).T)[1].T
+    q["mix"] = root / np.linalg.norm(root, axis=1, keepdims=True) * [np.sign(root[0, 0]), *np.ones(len(u) - 1)]
     return q
 
 
@@ -476,12 +505,19 @@ def resample(P, q, R, rng):
 
     (Widening it by Student's t for the few runs gave .91 and 1.5.) Independent points, drawn: .98 and 1.0 (9 sizes over
     +-4x, 0.3%), 1.00 and 1.2 (+-8x, 0.1%).
+
+    Errors of loss and metrics correlate as their residuals do, since in a difference of two metrics what they share cancels: the
+    slope of a constant offset is covered .89 to .99 (with one error for all of them .57, and 1.00 at three times the width with
+    errors of their own). The metrics' generator is a child of the loss's, whose law they so leave as it is to the bit.
     """
-    n = len(P["N"])
+    n, names = len(P["N"]), ("L", *P["metrics"])
     if q["nested"]:
-        shared = rng.standard_normal((R, P["run"].max() + 1))[:, P["run"]]
-        error = math.sqrt(q["rho"]) * shared + math.sqrt(1 - q["rho"]) * rng.standard_normal((R, n))
-        return np.ones((R, n)), {k: q["fitted"][k] + q["scale"][k] * error for k in P["Y"]} | {"D": P["Y"]["D"]}
+        errors = []
+        for g in (rng, *rng.spawn(1) * len(P["metrics"])):
+            shared = g.standard_normal((R, P["run"].max() + 1))[:, P["run"]]
+            errors.append(math.sqrt(q["rho"]) * shared + math.sqrt(1 - q["rho"]) * g.standard_normal((R, n)))
+        errors = np.einsum("kj,jrn->krn", q["mix"], errors)
+        return np.ones((R, n)), {k: q["fitted"][k] + q["scale"][k] * e for k, e in zip(names, errors)} | {"D": P["Y"]["D"]}
     W = np.zeros((R, n))
     for b in range(len(P["budgets"])):
         i = np.flatnonzero(P["budget"] == b)
@@ -512,7 +548,7 @@ def bootstrap(P, q, second, R, seed, bar):
             thetas.append(np.where(norm[:, None] < 1e-8, theta, np.nan))
             progress.update(len(W))
     draws = {k: np.concatenate([v[k] for v in vertices]) for k in vertices[0] if k != "window"}
-    found = laws(P, draws, names=("N", "D", "L", *P["metrics"]))
+    found = laws(P, draws, names=P["lines"])
     draws["laws"] = {k: np.where(found["enough"][:, None], a, np.nan) for k, a in found.items() if k != "enough"}
     return draws | {"enough": found["enough"], "theta": np.concatenate(thetas)}
 
@@ -527,7 +563,7 @@ def fit(records, metric="val_loss_ema", n_kind="blocks", resamples=1000, seed=0,
     P = points(records, metric, n_kind)
     W = np.ones((1, len(P["N"])))
     v = parabolas(P, W, P["Y"])
-    q, base = quality(P, v), laws(P, v, names=("N", "D", "L", *P["metrics"]))
+    q, base = quality(P, v), laws(P, v, names=P["lines"])
     usable, second = v["usable"][0], parametric(P, seed)
     few = f"{usable.sum()} usable budgets of {len(usable)}, a line needs 3"
     if usable.sum() < 3 and "refused" in second:
@@ -545,9 +581,14 @@ def fit(records, metric="val_loss_ema", n_kind="blocks", resamples=1000, seed=0,
         law["budgets"].append({"C": float(P["budgets"][b]), "n_points": int((P["budget"] == b).sum()), "used": bool(used),
                                "reason": q["reason"][b], "N_opt": at_b("N"), "D_opt": at_b("D"), "loss_opt": at_b("L"), "N_opt_ci95":
                                used and interval(np.exp(draws["N"][draws["usable"][:, b], b])) or None, "flags": q["flags"][b]})
-    law |= {"N_opt": straight(law, "N"), "D_opt": straight(law, "D"), "loss": {"power": straight(law, "L"), "floor": floor_of(law)}}
-    law["metrics"] = {k: straight(law, k) or {"refused": "not positive, or not measured at 4 sizes of 3 usable budgets"}
-                      for k in P["metrics"]}
+    law |= {"N_opt": straight(law, "N"), "D_opt": straight(law, "D"), "loss": {"power": straight(law, "L"), "floor": floor_of(law, "L")}}
+    law["metrics"] = {k: {"refused": f"not positive at {count} points"} for k, count in P["not_positive"].items()}
+    for k in P["metrics"]:
+        there = (usable & np.isfinite(v[k][0])).sum()
+        law["metrics"][k] = straight(law, k) or {"refused": f"measured at 4 sizes of only {there} usable budgets, a line needs 3"}
+        law["metrics"][k] |= {"floor": floor_of(law, k)} if there >= 3 else {}
+        law["metrics"][k] |= {"own_optimum": own_optimum(law, k)} if f"N* of {k}" in P["lines"] else {}
+    law["offsets"] = offsets(P, v, draws)
     law["parametric"] = {k: x for k, x in second.items() if k[0] != "_"}
     if "refused" not in second:
         E, alpha, beta = np.exp(draws["theta"][:, [0, 3, 4]].T)
@@ -589,15 +630,69 @@ def straight(law, name):
             "r2": float(1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum())}
 
 
-def floor_of(law):
-    """The law with a floor for law.json, or None with the reason noted."""
-    (L, K, g), x0, d = law["_"]["base"]["floor"][0], law["_"]["P"]["x0"], law["_"]["draws"]["laws"]["floor"]
-    if not L > 0:
-        law["reasons"]["loss.floor"] = ("the minima show no floor: L_inf = 0 fits best, which is the pure power law" if L == 0 else
-                                        f"needs 4 usable budgets, there are {law['_']['v']['usable'].sum()}")
+def floor_of(law, name):
+    """The law with a floor of the loss, "L", or of a metric for law.json, or None with the reason noted."""
+    P, v, base, d = (*(law["_"][k] for k in ("P", "v", "base")), law["_"]["draws"]["laws"][f"{name} floor"])
+    L, K, g = base[f"{name} floor"][0]
+    rises = name != "L" and base[name][0, 1] > 0
+    if rises or not L > 0:
+        law["reasons"]["loss.floor" if name == "L" else f"metrics.{name}.floor"] = (
+            "it rises with C" if rises else "the minima show no floor: L_inf = 0 fits best, which is the pure power law" if L == 0 else
+            f"needs 4 usable budgets, there are {(v['usable'] & np.isfinite(v[name])).sum()}")
         return None
-    return {"L_inf": float(L), "coefficient": float(K * np.exp(g * x0)), "exponent": float(g), "ci95": interval(d[:, 2]),
+    return {"L_inf": float(L), "coefficient": float(K * np.exp(g * P["x0"])), "exponent": float(g), "ci95": interval(d[:, 2]),
             "L_inf_ci95": interval(d[:, 0])}
+
+
+def own_optimum(law, name):
+    """The N best for an FD itself: its line, or "refused", and per budget its value or the reason why there is none. Only at
+    budgets that are usable for the loss: at others the noise of the points is not known."""
+    P, v, draws, line_of, rows = (*(law["_"][k] for k in ("P", "v", "draws")), f"N* of {name}", [])
+    own = alone(P, np.ones((1, len(P["N"]))), P["Y"][name])
+    for b, (C, best) in enumerate(zip(P["budgets"], v[line_of][0])):
+        reason = unusable(P, own, b, "it") if v["usable"][0, b] else "not usable for the loss"
+        rows.append({"C": float(C), "reason": reason, "N_opt": None if reason else told(np.exp([best, *draws[line_of][:, b]]))})
+    found, seen = int(np.isfinite(v[line_of]).sum()), np.isfinite(draws["laws"][line_of][:, 0])
+    if found < 3:
+        return {"refused": f"{found} budgets with an optimum of its own, a line needs 3", "budgets": rows}
+    if seen.mean() < 0.9:  # an interval from those that happen to have a minimum need not even hold the value
+        return {"refused": f"only {seen.sum()} of {len(seen)} resamples have an optimum of its own at 3 budgets", "budgets": rows}
+    return straight(law, line_of) | {"budgets": rows}
+
+
+def told(d):
+    """{"value", "ci95"} of d (1 + R,): first the fit, then its resamples."""
+    return {"value": float(d[0]), "ci95": interval(d[1:])}
+
+
+def offsets(P, v, draws):
+    """What metrics have more at N* on other data than on the training data, a list of dicts: difference, and ratio, amid the
+    budgets and at each, their slope per decade of C (the ratio's: of its logarithm), and a verdict on each.
+
+    "constant" where the interval of the slope holds 0, else the gap "shrinks" or "widens". The paper (arXiv 2410.08184)
+    finds a constant difference in loss, VLB and likelihood, and a widening one in FID.
+    """
+    x, home, out = np.log(P["budgets"]) - P["x0"], P["records"][0].get("data"), []
+    for other in P["metrics"]:
+        name, data = other.split(" on ", 1)
+        if data == home or f"{name} on {home}" not in P["metrics"]:
+            continue
+        a, b, usable = (np.vstack([v[k], draws[k]]) for k in (f"{name} on {home}", other, "usable"))
+        use = usable & np.isfinite(a + b)
+        row = {"metric": name, "data": data, "against": home, "budgets": [{"C": float(C)} for C in P["budgets"][use[0]]]}
+        out.append(row)
+        if use[0].sum() < 3:
+            row["refused"] = f"both measured at 4 sizes of only {use[0].sum()} usable budgets, a slope needs 3"
+            continue
+        for what, gap, scale in (("difference", np.exp(b) - np.exp(a), lambda y: y), ("ratio", b - a, np.exp)):
+            level, slope = np.where(use.sum(1) >= 3, line(x, gap, use).T, np.nan)
+            row[what], row[f"{what}_per_decade"] = told(scale(level)), told(slope * math.log(10))
+            ends = row[f"{what}_per_decade"]["ci95"]
+            row[f"{what}_is"] = ("unknown" if not ends else "constant" if ends[0] <= 0 <= ends[1] else
+                                 "widens" if level[0] * slope[0] > 0 else "shrinks")
+            for at_b, i in zip(row["budgets"], np.flatnonzero(use[0])):
+                at_b[what] = told(np.where(use, scale(gap), np.nan)[:, i])
+    return out
 
 
 def extrapolations(law):
@@ -609,7 +704,7 @@ def extrapolations(law):
     used = np.flatnonzero(v["usable"][0])
     for k in range(3, len(used) + 1):
         keep = np.isin(np.arange(len(P["budgets"])), used[:k])
-        few, some, name = laws(P, v, keep), laws(P, draws, keep), "floor" if k >= 4 else "L"
+        few, some, name = laws(P, v, keep), laws(P, draws, keep), "L floor" if k >= 4 else "L"
         some = {key: a[some["enough"]] for key, a in some.items()}
         for b in used[k:] if k < len(used) else used[-1:]:
             x, measured = math.log(P["budgets"][b]) - P["x0"], math.exp(v["L"][0, b])
@@ -678,7 +773,7 @@ def warnings(law):
             w.append(f"the methods differ by {spread[1] - spread[0]:.3f} in the exponent of N*, more than its interval is wide")
     if law["loss"]["floor"]:
         x = math.log(250 * P["budgets"].max()) - P["x0"]
-        gap = 100 * float(at(base, "L", x)[0] / at(base, "floor", x)[0] - 1)
+        gap = 100 * float(at(base, "L", x)[0] / at(base, "L floor", x)[0] - 1)
         w.append(f"at 250 times the top budget the pure power law is {abs(gap):.1f}% {'below' if gap < 0 else 'above'} the law with "
                  "a floor: do not extrapolate it that far")
     if P["nested"] is None:
@@ -719,7 +814,7 @@ def plan(law, text):
     x, records = math.log(C) - P["x0"], P["records"]
     both = lambda name, per=1: {"value": float(at(base, name, x)[0]) / per, "ci95": interval(at(draws["laws"], name, x) / per)}
     out = {"asked": text, "C": C, "times_beyond_the_data": C / float(P["budgets"].max()), "N": both("N"), "D": both("D"),
-           "loss_power": both("L"), "loss_floor": both("floor") if law["loss"]["floor"] else None, "loss_parametric": None,
+           "loss_power": both("L"), "loss_floor": both("L floor") if law["loss"]["floor"] else None, "loss_parametric": None,
            "metrics": {k: both(k) for k, m in law["metrics"].items() if "refused" not in m}}
     # At a fixed budget ln L is a parabola in ln N, so half or twice the best N costs curvature (ln 2)^2.
     cost = lambda v: np.expm1(np.nanmedian(np.where(v["usable"], v["curvature"], np.nan)[v["usable"].any(1)], 1) * math.log(2) ** 2)
@@ -788,7 +883,6 @@ def compare(one, two, names, budgets):
     x0 = [law["_"]["P"]["x0"] for law in (one, two)]
     m = min(len(law["_"]["draws"]["enough"]) for law in (one, two))
     both = [{k: np.vstack([law["_"]["base"][k], law["_"]["draws"]["laws"][k][:m]]) for k in "NDL"} for law in (one, two)]
-    told = lambda d: {"value": float(d[0]), "ci95": interval(d[1:])}  # row 0 is the fit, the others its resamples
     amid = math.exp(sum(x0) / 2)  # levels are compared amid the data: at C = 1 they would be an extrapolation
     out = {"A": names[0], "B": names[1], "exponents": [], "levels": [], "C": amid}
     for k, label in (("N", "N*"), ("D", "D*"), ("L", "loss")):
@@ -849,6 +943,8 @@ def page(law, reference=False):
     """law.md, which is also what the command prints. Columns are named as in law.json."""
     f, s, n = law["loss"]["floor"], law["parametric"], law["noise"]
     laws_ = {"N*": law["N_opt"], "D*": law["D_opt"], "loss": law["loss"]["power"]} | law["metrics"]
+    own = {k: m["own_optimum"] for k, m in law["metrics"].items() if "own_optimum" in m}
+    laws_ |= {f"N* of {k}": o for k, o in own.items()}
     rows = [{"law": k} | m for k, m in laws_.items() if m and "refused" not in m]
     for row, (_, exponent) in zip(rows, (PAPER[k] for k in "NDL") if reference else ()):
         row["the paper's exponent"] = exponent
@@ -859,7 +955,8 @@ def page(law, reference=False):
                "points independent."), "", "value = coefficient C^exponent:", ""]
     out += table(rows, "law", "exponent", "ci95", "jackknife95", "coefficient", "r2", *["the paper's exponent"] * reference)
     out += [f"No line: {law['reasons']['N_opt']}."] if not law["N_opt"] else []
-    out += [f"{k}: no law, {m['refused']}." for k, m in law["metrics"].items() if "refused" in m]
+    out += [f"{k}: no law, {m['refused']}." for k, m in laws_.items() if m and "refused" in m]
+    out += [f"{o['metric']} on {o['data']}: no offset, {o['refused']}." for o in law["offsets"] if "refused" in o]
     out.append(f"With floor: loss = {show(f['L_inf'])} {show(f['L_inf_ci95'])} + {show(f['coefficient'])} C^-{show(f['exponent'])} "
                f"{show(f['ci95'])}." if f else f"With floor: none, {law['reasons']['loss.floor']}.")
     out.append(f"Parametric: refused, {s['refused']}." if "refused" in s else
@@ -875,7 +972,16 @@ def page(law, reference=False):
                  "C", "n_points", "N_opt", "N_opt_ci95", "D_opt", "loss_opt", "remarks")
     if scraps:
         out += [f"NOT USED: {len(scraps)} budgets from C = {show(scraps[0]['C'])} to {show(scraps[-1]['C'])}, fewer than 4 sizes.", ""]
+    both = [f"{what}{k}" for what in ("difference", "ratio") for k in ("", "_per_decade", "_is")]
     for title, rows, names in (
+            ("Metrics with a floor: value = L_inf + coefficient C^-exponent", [
+                {"law": k} | m["floor"] for k, m in law["metrics"].items() if m.get("floor")],
+             ("law", "L_inf", "L_inf_ci95", "coefficient", "exponent", "ci95")),
+            ("Offsets: other data against the training data at N* (constant: the slope's interval holds 0; for a ratio of its logarithm)",
+             [o for o in law["offsets"] if "refused" not in o], ("metric", "data", *both)),
+            ("The model best for FD, beside N_opt, the best for the loss", [
+                {"C": b["C"], "N_opt": b["N_opt"]} | {k: o["budgets"][i]["reason"] or o["budgets"][i]["N_opt"] for k, o in own.items()}
+                for i, b in enumerate(law["budgets"])] if own else None, ("C", "N_opt", *own)),
             ("Backtest: the top budgets left out and predicted from the rest", law["backtest"],
              ("budgets_left_out", "left_out", "law", "predicted", "ci95", "measured", "error", "N_error")),
             ("How much is enough: the law from the smallest budgets, predicting the loss of the top one", law["how_much_is_enough"],
@@ -905,8 +1011,10 @@ def plan_rows(plan):
 
 def loss_axis(axis, lo, hi):
     """A logarithmic axis with round numbers: a loss spans a fraction of a decade, where matplotlib's own ticks say nothing."""
-    step = next(s for s in (m * 10.0**e for e in range(-6, 9) for m in (1, 2, 5)) if (hi - lo) / s < 8)
-    axis.set_ticks([t for t in np.arange(math.ceil(lo / step), math.floor(hi / step) + 1) * step if t > 0])
+    round_numbers = [m * 10.0**e for e in range(-6, 9) for m in (1, 2, 5)]
+    step = next(s for s in round_numbers if (hi - lo) / s < 8)
+    even = np.arange(math.ceil(lo / step), math.floor(hi / step) + 1) * step
+    axis.set_ticks([t for t in (even if hi < 6 * lo else round_numbers) if t > 0 and lo <= t <= hi])
     axis.set_major_formatter(lambda x, _: f"{x:.4g}")
     axis.set_ticks([], minor=True)
 
@@ -922,7 +1030,7 @@ def band(ax, law, name, C, colour, label=None):
 
 
 def draw_law(plt, law, file, reference):
-    """law.png: loss over N with a parabola per budget and its vertex; N*(C); D*(C); the loss over C, and the metrics."""
+    """law.png: loss over N with a parabola per budget and its vertex; N*(C); D*(C); the loss over C."""
     P, v, draws = (law["_"][k] for k in ("P", "v", "draws"))
     usable, C, inside = v["usable"][0], P["budgets"], v["window"][0]
     colours = plt.cm.viridis(np.linspace(0, 0.9, len(C)))
@@ -963,11 +1071,7 @@ def draw_law(plt, law, file, reference):
                title=title if one else f"{title}: no law, {law['reasons']['N_opt']}")
         if name == "L" and one:
             if law["loss"]["floor"]:
-                band(ax, law, "floor", grid, "tab:orange", "{L_inf:.3g} + {coefficient:.3g} C^-{exponent:.4f}".format_map(law["loss"]["floor"]))
-            for k in (k for k, m in law["metrics"].items() if "refused" not in m):
-                y = np.exp(v[k][0, usable])
-                unit = 10.0 ** np.round(np.log10(np.nanmedian(y) / np.exp(np.median(v["L"][0, usable]))))  # into the same picture
-                ax.plot(C[usable], y / unit, "x", ms=6, label=k + (f", divided by {unit:g}" if unit != 1 else ""))
+                band(ax, law, "L floor", grid, "tab:orange", "{L_inf:.3g} + {coefficient:.3g} C^-{exponent:.4f}".format_map(law["loss"]["floor"]))
             loss_axis(ax.yaxis, *ax.get_ylim())
         if not ax.has_data():
             ax.set(xscale="linear", yscale="linear", xticks=[], yticks=[])
@@ -983,6 +1087,42 @@ def draw_law(plt, law, file, reference):
             ax.secondary_yaxis("right", functions=(lambda d: d / images, lambda i: i * images)).set_ylabel("images")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
+    save(figure, file)
+
+
+UNITS = {"vlb": ", bits/dim", "nll": ", bits/dim", "caption_accuracy": ", share of captions"}
+
+
+def draw_metrics(plt, law, file):
+    """metrics.png: a panel for each metric at the loss-optimal N over C, a colour for each data set, the training data's first."""
+    P, v, draws = (law["_"][k] for k in ("P", "v", "draws"))
+    home, C, usable = P["records"][0].get("data"), P["budgets"], v["usable"][0]
+    names = sorted({k.split(" on ", 1)[0] for k, m in law["metrics"].items() if "refused" not in m})
+    columns, rows = min(3, len(names)), -(-len(names) // 3)
+    figure = plt.figure(layout="constrained", figsize=(5.5 * columns, 0.6 + 4.6 * rows))
+    figure.suptitle(f"Metrics at the N* of {law['metric']}, 95% intervals")
+    grid = np.geomspace(C[usable].min() / 1.3, C[usable].max() * 1.3, 40)
+    for i, name in enumerate(names):
+        ax = figure.add_subplot(rows, columns, i + 1)
+        labels = sorted((k for k in law["metrics"] if k.split(" on ", 1)[0] == name), key=lambda k: (k != f"{name} on {home}", k))
+        for k, colour in zip(labels, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")):
+            m, data = law["metrics"][k], k.split(" on ", 1)[1]
+            if "refused" in m:
+                ax.plot([], [], " ", label=f"{data}: {m['refused']}")
+                continue
+            band(ax, law, k, grid, colour, f"{data}: C^{m['exponent']:.4f} {show(m['ci95'])}")
+            for b in np.flatnonzero(usable & np.isfinite(v[k][0])):
+                ax.plot([C[b]] * 2, interval(np.exp(draws[k][draws["usable"][:, b], b])) or [np.nan] * 2, color=colour, lw=2)
+                ax.plot(C[b], np.exp(v[k][0, b]), "o", color=colour, ms=5)
+        verdicts = [f"{o['data']} - {o['against']}: difference {o['difference_is']}, ratio {o['ratio_is']}"
+                    for o in law["offsets"] if o["metric"] == name and "refused" not in o]
+        ax.set_title("\n".join([name, *verdicts]), fontsize=9)
+        ax.set(xscale="log", yscale="log", xlabel="C, training FLOPs", ylabel=name + UNITS.get(name, ""))
+        lo, hi = ax.get_ylim()
+        ax.set_ylim(lo, hi * (hi / lo) ** 0.25)  # room for the legend
+        loss_axis(ax.yaxis, *ax.get_ylim())
+        ax.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        ax.legend(fontsize=8, loc="upper center")
     save(figure, file)
 
 
@@ -1003,7 +1143,7 @@ def draw_diagnostics(plt, law, file):
         ax.axhline(0, color="gray", lw=0.7)
         ax.set(xlabel=label, ylabel="residual, % of the loss", title=f"{title}: what is left over (a pattern is a misfit)")
     ax, alpha, beta = axes[1, 0], *np.exp(draws["theta"][:, 3:].T)
-    ax.plot(draws["laws"]["N"][:, 1], draws["laws"]["floor"][:, 2], ".", ms=3, alpha=0.4, label="parabolas and law with floor")
+    ax.plot(draws["laws"]["N"][:, 1], draws["laws"]["L floor"][:, 2], ".", ms=3, alpha=0.4, label="parabolas and law with floor")
     ax.plot(beta / (alpha + beta), alpha * beta / (alpha + beta), ".", ms=3, alpha=0.4, label="parametric form")
     ax.set(xlabel="exponent of N*", ylabel="exponent of the loss above its floor", title=f"{law['resamples']} bootstrap resamples")
     ax.legend(fontsize=8)
@@ -1135,11 +1275,13 @@ def run(args):
     draw_law(plt, law, out / "law.png", bool(args.reference))
     draw_diagnostics(plt, law, out / "law_diagnostics.png")
     draw_curves(plt, law, out / "curves.png")
+    drawn = any("refused" not in m for m in law["metrics"].values())
+    draw_metrics(plt, law, out / "metrics.png") if drawn else (out / "metrics.png").unlink(missing_ok=True)  # none of an older law
     numbers = json.dumps({k: x for k, x in law.items() if k != "_"}, indent=1, allow_nan=False)
     for name, content in (("law.md", text), ("law.json", numbers + "\n")):
         (out / f"{name}.tmp").write_text(content)
         os.replace(out / f"{name}.tmp", out / name)
-    print(f"{text}\n{out}: law.md law.json law.png law_diagnostics.png curves.png")
+    print(f"{text}\n{out}: law.md law.json law.png law_diagnostics.png curves.png{' metrics.png' * drawn}")
 
 
 def main(argv=None):

@@ -60,9 +60,9 @@ def vertices(records):
 
 
 def sweep(root, budgets=tuple(np.geomspace(1e11, 4e12, 7)), widths=(16, 24, 32, 48, 64, 96, 128, 192), seeds=(0,), noise=0.0,
-          factor=1.0, g_shift=0.0, **over):
+          factor=1.0, g_shift=0.0, metrics=lambda N, C, loss: {"scenes-ood": {"fd": 3 * loss**2}}, **over):
     """A results directory as train.py leaves it, planted: N* = 0.05 C^0.5, the loss a parabola of curvature 0.02 around it,
-    ln L* = ln(30 factor) - (0.1 + g_shift) ln C, seeds spread by `noise`; a metric = 3 loss^2."""
+    ln L* = ln(30 factor) - (0.1 + g_shift) ln C, seeds spread by `noise`; metrics(N, C, loss) -> {data: {name: value}}."""
     rng = np.random.default_rng(1)
     for width in widths:
         for seed in seeds:
@@ -82,8 +82,9 @@ def sweep(root, budgets=tuple(np.geomspace(1e11, 4e12, 7)), widths=(16, 24, 32, 
                 # images 1000 and -1000 millionths apart from size to size: a paired error known in closed form
                 per_image = loss + np.where(np.arange(100) % 2, 1e-3, -1e-3) * (widths.index(width) % 2)
                 np.save(point / "val_losses_ema.npy", per_image)
-                (point / "metrics_scenes-ood.json").write_text(json.dumps(
-                    {"schema": 1, "data": "scenes-ood", "metrics": {"fd": {"value": 3 * loss**2, "se": 0.0}}}))
+                for name, values in metrics(N, C, loss).items():
+                    (point / f"metrics_{name}.json").write_text(json.dumps(
+                        {"schema": 1, "data": name, "metrics": {k: {"value": x, "se": 0.0} for k, x in values.items()}}))
             (folder / "log.jsonl").write_text("".join(json.dumps({"step": s, "C": c, "train_loss": 1.0, "train_loss_smooth": 1.0}) + "\n"
                                                       for s, c in enumerate(budgets)) + '{"step": 3, "C"')
     return root
@@ -506,6 +507,106 @@ def test_starts_fast_without_torch_or_pyplot():
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", "False"] and time.perf_counter() - start < 2
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+
+def with_metrics(records, noise=0.01, unlike=0.3, seed=0):
+    """grid()'s records, two metrics more: vlb on scenes-ood is 0.5 above scenes, errors of a run and of a point, mostly shared."""
+    rng, runs = np.random.default_rng(seed), {}
+    for r in records:
+        e = (0.8 * runs.setdefault(r["run"], rng.standard_normal(3)) + 0.6 * rng.standard_normal(3)) * noise
+        value = 4 * (r["C"] / 1e18) ** -0.03 * (1 + e[0])
+        r |= {"data": "scenes", "metrics": {"vlb on scenes": value * (1 + unlike * e[1]),
+                                            "vlb on scenes-ood": value * (1 + unlike * e[2]) + 0.5}}
+    return records
+
+
+def planted(drop):
+    """metrics(N, C, loss) for sweep() whose laws are known, with a little noise; null where `drop` says so."""
+    rng = np.random.default_rng(0)
+
+    def metrics(N, C, loss):
+        g, e = C / 1e12, lambda: math.exp(0.002 * rng.standard_normal())
+        fd = 20 * g**-0.4 * math.exp(0.05 * math.log(N / (8e-4 * C**0.65)) ** 2) * e()
+        vlb, val = (1.5 + 2 * g**-0.2) * e(), 0.5 * g**-0.1 * e()
+        out = {"scenes": {"vlb": vlb, "val_loss": val, "fd_scenes": fd, "kid_scenes": 1e-3 * e() if C < 3e12 else -1e-4,
+                          "caption_accuracy": 0.3 * g**0.15 * e()},
+               "scenes-ood": {"vlb": vlb + 0.4 * e(), "val_loss": val + 0.2 * g**0.3 * e(), "fd_scenes": fd * (1 + g**0.3 * e()),
+                              "nll": 3.0 if C < 2e11 else None}}
+        return {d: {k: None if drop(N, C) else x for k, x in m.items()} for d, m in out.items()}
+
+    return metrics
+
+
+def test_planted_metrics_are_recovered_with_offsets_and_own_optimum(tmp_path, capsys):
+    sizes = [24 * w**2 for w in (16, 24, 32, 48, 64, 96, 128, 192)]
+    gaps = lambda N, C: C < 1.1e11 or N == sizes[int(math.log2(C)) % 3 + 2]  # nothing at the first budget, one size missing at each
+    root = sweep(tmp_path / "s", noise=0.001, metrics=planted(gaps))
+    assert fit.main([str(root), "--bootstrap", "200"]) == 0
+    printed, text = capsys.readouterr().out, (root / "law" / "law.json").read_text()
+    law = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in law.json"))
+    m = law["metrics"]
+    assert m["fd_scenes on scenes"]["exponent"] == pytest.approx(-0.4, abs=0.02)
+    assert m["caption_accuracy on scenes"]["exponent"] == pytest.approx(0.15, abs=0.005)
+    assert m["caption_accuracy on scenes"]["floor"] is None and "rises" in law["reasons"]["metrics.caption_accuracy on scenes.floor"]
+    floor = m["vlb on scenes"]["floor"]
+    assert floor["L_inf_ci95"][0] < 1.5 < floor["L_inf_ci95"][1] and floor["ci95"][0] < 0.2 < floor["ci95"][1] < 0.4
+    assert m["kid_scenes on scenes"] == {"refused": "not positive at 7 points"}
+    assert m["nll on scenes-ood"]["refused"].startswith("measured at 4 sizes of only 1 usable budgets")
+    found = {o["metric"]: o for o in law["offsets"]}
+    assert set(found) == {"vlb", "val_loss", "fd_scenes"} and all(o["data"] == "scenes-ood" for o in found.values())
+    assert [(o["difference_is"], o["ratio_is"]) for o in (found[k] for k in ("vlb", "val_loss", "fd_scenes"))] == [
+        ("constant", "widens"), ("widens", "widens"), ("shrinks", "widens")]
+    assert found["vlb"]["difference"]["value"] == pytest.approx(0.4, abs=0.003) and len(found["vlb"]["budgets"]) == 6
+    assert found["vlb"]["budgets"][3]["difference"]["ci95"][0] < 0.4 < found["vlb"]["budgets"][3]["difference"]["ci95"][1]
+    for k in ("scenes", "scenes-ood"):
+        own = m[f"fd_scenes on {k}"]["own_optimum"]
+        assert own["exponent"] == pytest.approx(0.65, abs=0.05) and own["ci95"][0] < 0.65 < own["ci95"][1]
+        assert own["budgets"][0]["reason"] == "fewer than 4 sizes (0)"
+        assert own["budgets"][3]["N_opt"]["value"] == pytest.approx(8e-4 * own["budgets"][3]["C"] ** 0.65, rel=0.1)
+    for word in ("kid_scenes on scenes: no law, not positive at 7 points", "N* of fd_scenes on scenes", "Offsets", "widens",
+                 "Metrics with a floor", "best for FD"):
+        assert word in printed, word
+    assert (root / "law" / "metrics.png").stat().st_size > 20_000 and "metrics.png" in printed
+    for file in root.glob("*/budget_*/metrics_*.json"):
+        file.unlink()
+    assert fit.main([str(root), "--bootstrap", "50"]) == 0
+    assert not (root / "law" / "metrics.png").exists() and "metrics.png" not in capsys.readouterr().out  # none of an older law
+
+
+def test_an_own_optimum_that_cannot_be_seen_is_refused(tmp_path):
+    falls = lambda N, C, loss: {"scenes": {"fd": N**-0.5}}
+    law = fit.fit(fit.read([sweep(tmp_path / "s", noise=0.001, metrics=falls)]), resamples=40)
+    own = law["metrics"]["fd on scenes"]["own_optimum"]
+    assert "0 budgets with an optimum of its own" in own["refused"] and law["offsets"] == []
+    assert all("still falls at the largest" in b["reason"] or "concave" in b["reason"] for b in own["budgets"])
+    rng = np.random.default_rng(2)
+    blurred = lambda N, C, loss: {"scenes": {"fd": math.exp(0.01 * math.log(N / (0.05 * C**0.5)) ** 2 + 0.05 * rng.standard_normal())}}
+    law = fit.fit(fit.read([sweep(tmp_path / "t", noise=0.001, metrics=blurred)]), resamples=100)
+    assert "resamples have an optimum of its own" in law["metrics"]["fd on scenes"]["own_optimum"]["refused"]
+
+
+def test_the_interval_of_an_offset_covers_and_says_something():
+    """Errors that two data sets share cancel in their difference, the others do not: neither too narrow nor too wide."""
+    held, widths, estimates = [], [], []
+    for seed in range(60):
+        P = fit.points(with_metrics(grid(BUDGETS, span=8, noise=0.003, nested=True, correlation=0.6, seed=seed), seed=seed))
+        v = fit.parabolas(P, np.ones((1, len(P["N"]))), P["Y"])
+        W, Y = fit.resample(P, fit.quality(P, v), 200, np.random.default_rng(seed))
+        slope = fit.offsets(P, v, fit.parabolas(P, W, Y))[0]["difference_per_decade"]
+        held.append(slope["ci95"][0] <= 0 <= slope["ci95"][1])
+        widths.append(slope["ci95"][1] - slope["ci95"][0])
+        estimates.append(slope["value"])
+    found = np.mean(held), np.median(widths) / (2 * 1.96 * np.std(estimates))
+    assert found[0] >= 0.88 and found[1] < 1.5, found
+
+
+def test_metrics_leave_the_law_of_the_loss_as_it_is():
+    bare = lambda: grid(BUDGETS, noise=0.003, nested=True, correlation=0.6, span=8)
+    one, two = fit.fit(bare(), resamples=120), fit.fit(with_metrics(bare()), resamples=120)
+    assert all(one[k] == two[k] for k in ("N_opt", "D_opt", "loss", "budgets", "parametric", "backtest", "error_correlation"))
+    assert len(two["metrics"]) == 2 and two["metrics"]["vlb on scenes"]["ci95"]
 
 
 # ------------------------------------------------------------------------------------------------------ plans and comparisons
