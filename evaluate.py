@@ -412,8 +412,10 @@ def loss_metrics(models, data, precision, config, n, where):
     metrics = {}
     for kind, model in models.items():
         losses, times = train.validation_losses(model, data, train.TrainConfig(val_images=n, precision=precision), *ranks())
-        metrics["val_loss_ema" if kind == "ema" else "val_loss"] = {
-            **summary(losses), "weights": kind, "by_time": flow.loss_by_time(losses, times)}
+        number = {**summary(losses), "weights": kind}
+        if number["value"] is not None:
+            number["by_time"] = flow.loss_by_time(losses, times)
+        metrics["val_loss_ema" if kind == "ema" else "val_loss"] = number
     return metrics
 
 

