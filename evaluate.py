@@ -377,7 +377,7 @@ def for_each_image(n, columns, batch, compute, partial, what):
         if partial and time.monotonic() - saved_at > PARTIAL_SECONDS:
             train.write_whole(kept, lambda path: train.save_array(path, values))
             saved_at = time.monotonic()
-    total = torch.from_numpy(values[:, 1:])
+    total = torch.from_numpy(values[:, 1:].copy())   # all_reduce needs it in one piece
     if world > 1:
         total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(total)   # of each row only one rank has not zeros
