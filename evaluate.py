@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import flow
 import train
-from data import COLOURS, GROUNDS, KINDS, PLACES, SIZES, DataConfig, Scenes, load_data, save_grid
+from data import COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, DataConfig, Scenes, load_data, save_grid
 from model import DiT, ModelConfig, parse_flags
 
 IMAGES = {"vlb": 500, "nll": 250, "fd": 2000}   # of a quick grid; the paper's protocol is --n 10000
@@ -73,8 +73,10 @@ class EvaluateConfig:
         "help": "train the network of --features scenes anew, write it to this file and stop"})
 
     def __post_init__(self):
-        if not self.metrics or not set(self.metrics) <= {"loss", *IMAGES}:
-            raise ValueError(f"--metrics {' '.join(self.metrics)}: take some of loss, {', '.join(IMAGES)}")
+        if not self.metrics or not set(self.metrics) <= {"loss", *IMAGES} or len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"--metrics {' '.join(self.metrics)}: take some of loss, {', '.join(IMAGES)}, each once")
+        if self.data and len(set(map(name_of, self.data))) < len(self.data):
+            raise ValueError(f"--data {' '.join(self.data)}: two of the same name, which is that of their files")
         if self.guidance != 1 and set(self.metrics) != {"fd"}:
             raise ValueError(f"--guidance {self.guidance:g} with --metrics {' '.join(self.metrics)}: a guided model has no density, "
                              f"so loss, vlb and nll are at guidance 1; take --metrics fd alone")
@@ -89,6 +91,11 @@ class EvaluateConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.likelihood_steps < 2:
             raise ValueError(f"--likelihood_steps {self.likelihood_steps}: must be at least 2")
+
+
+def name_of(dataset):
+    """What the files about a data set are called after."""
+    return os.path.splitext(os.path.basename(dataset.rstrip("/")))[0]
 
 
 # ---- the models --------------------------------------------------------------------------------------------------------
@@ -109,8 +116,8 @@ def find_weights(path, points="all"):
         try:
             P = fit.points(fit.read_results(Path(path)))
             window = fit.parabolas(P, np.ones((1, len(P["N"]))), P["Y"])["window"][0]
-            inside = {os.path.dirname(record["source"]) for record, used in zip(P["records"], window) if used}
-            found = [file for file in found if os.path.normpath(os.path.dirname(file)) in inside]
+            inside = {os.path.realpath(os.path.dirname(record["source"])) for record, used in zip(P["records"], window) if used}
+            found = [file for file in found if os.path.realpath(os.path.dirname(file)) in inside]
         except (fit.BadInput, fit.Refused) as reason:
             print(f"{path}: no parabolas yet ({reason}), so all points are evaluated")
     found += glob.glob(os.path.join(glob.escape(path), "checkpoint.pt"))
@@ -167,7 +174,7 @@ class Reader(nn.Module):
         self.tell = nn.Linear(128, len(GROUNDS) + len(PLACES) * (sum(self.GROUPS.values()) + len(self.GROUPS)))
 
     def features(self, images):
-        """Images (B, 3, R, R) uint8 -> (B, 128). Other sides than 16 are resized, averaging over the area."""
+        """Images (B, 3, R, R) uint8 -> (B, 128). Other sides than 16 are resized, bilinear with antialiasing."""
         x = images.float() / 127.5 - 1
         if x.shape[-1] != self.SIDE:
             x = F.interpolate(x, size=(self.SIDE, self.SIDE), mode="bilinear", antialias=True)
@@ -208,7 +215,7 @@ class Reader(nn.Module):
         for name, logits in self.read(features).items():
             want = asked[name] > 0
             if name != "ground":
-                logits, want = logits, want & (torch.arange(want.shape[-1], device=want.device) < want.shape[-1] - 1)
+                want[..., -1] = False   # nobody asks for nothing
             rank = logits.argsort(dim=-1, descending=True).argsort(dim=-1)
             hit = want & (rank < want.sum(-1, keepdim=True))
             shown[name], wanted[name] = hit.sum((1, 2)).double(), want.sum((1, 2)).double()
@@ -274,14 +281,17 @@ class FeatureNetwork:
             self.network = read_reader(READER).to(device)
             self.width = self.network.tell.in_features
             self.about = {"network": "results/reader/reader.safetensors", "sha256": READER_SHA256,
-                          "resize": f"bilinear over the area to {Reader.SIDE} pixels where the side differs"}
+                          "resize": f"antialiased bilinear to {Reader.SIDE} pixels where the side differs"}
             return
         import transformers  # here, since it takes seconds that scenes need not spend
         transformers.logging.set_verbosity_error()
         source = source or HUB_NAMES[self.name]
         kind = transformers.CLIPVisionModelWithProjection if self.name == "clip" else transformers.Dinov2Model
         try:
-            self.network = kind.from_pretrained(source, use_safetensors=True).to(device).eval().requires_grad_(False)
+            self.network, about = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+            if missing := [*about["missing_keys"], *about["mismatched_keys"]]:   # transformers would fill them with random numbers
+                raise ValueError(f"not a {kind.__name__}: it lacks {len(missing)} of its weights")
+            self.network.to(device).eval().requires_grad_(False)
             self.processor = transformers.AutoImageProcessor.from_pretrained(source)
         except Exception as error:  # transformers and the hub raise many kinds
             raise ValueError(f"--features {spec}: cannot load {source} ({train.one_line(error)}). Without network: fetch "
@@ -295,8 +305,9 @@ class FeatureNetwork:
                       "resize": f"{type(self.processor).__name__}: {getattr(self.processor, 'size', None)}, resample {self.processor.resample}"}
 
     def reads(self, data):
-        """Can it tell what an image of this data set shows?"""
-        return self.name == "scenes" and isinstance(data, Scenes)
+        """Can it tell whether an image of this data set shows what its caption says, of which no word was cut?"""
+        words = 1 + 5 * MAX_SHAPES if isinstance(data, Scenes) and data.config.captions == "dense" else 5
+        return self.name == "scenes" and isinstance(data, Scenes) and data.config.text_tokens >= words
 
     def columns(self, data):
         """Of measure(): the features, and caption accuracies."""
@@ -330,7 +341,7 @@ def frechet_of_features(one, two):
 
 def kernel_distance(one, two):
     """KID (Binkowski et al. 2018, arXiv 1801.01401): the unbiased estimate of the squared maximum mean discrepancy under the
-    kernel (x.y / d + 1)^3, from features (n, d), (m, d). Around 0 for equal distributions, and then negative half the time."""
+    kernel (x.y / d + 1)^3, from features (n, d), (m, d). Around 0 for independent sets of one distribution, so negative half the time."""
     def total(a, b):
         return sum(((rows @ b.T / a.shape[1] + 1) ** 3).sum() for rows in np.array_split(a, -(-len(a) // 1000)))
 
@@ -339,11 +350,15 @@ def kernel_distance(one, two):
     return float(own(one) + own(two) - 2 * total(one, two) / (len(one) * len(two)))
 
 
-def bootstrap_error(distance, one, two, resamples=30):
-    """The standard deviation of a distance over resamples of both sets, its standard error."""
+def bootstrap_error(distance, real, samples, resamples=30):
+    """The standard error of a distance between two sets of n, from resamples of the n pairs of one caption.
+
+    Pairs, since an image and the sample for its caption are alike. The mean of the resamples is of no use: a resample has
+    fewer different images, and both distances grow with that.
+    """
     random = np.random.default_rng(0)
-    pick = lambda features: features[random.integers(len(features), size=len(features))]
-    return float(np.std([distance(pick(one), pick(two)) for _ in range(resamples)], ddof=1))
+    drawn = [random.integers(len(real), size=len(real)) for _ in range(resamples)]
+    return float(np.std([distance(real[rows], samples[rows]) for rows in drawn], ddof=1))
 
 
 # ---- the metrics -------------------------------------------------------------------------------------------------------
@@ -356,7 +371,7 @@ def for_each_image(n, columns, batch, compute, partial, what):
     """compute(index (b,)) -> (b, columns), over images 0 to n - 1 in batches: (n, columns) float64, complete on every rank.
 
     The batches are dealt to the ranks of torchrun in turns. What is done is kept in files `partial`, one a rank (None: nowhere),
-    so that a killed evaluation goes on, and these are removed at the end.
+    so that a killed evaluation goes on; who has written the result removes them.
     """
     rank, world = ranks()
     kept = os.devnull if partial is None else f"{partial}_{rank}of{world}.npy"
@@ -381,8 +396,6 @@ def for_each_image(n, columns, batch, compute, partial, what):
     if world > 1:
         total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(total)   # of each row only one rank has not zeros
-    if partial and os.path.exists(kept):
-        os.remove(kept)
     return total.cpu()
 
 
@@ -444,6 +457,19 @@ def likelihood_metrics(metric, models, data, precision, config, n, where, partia
     return {metric: number}
 
 
+def vlb_minus_nll(saved, data, where):
+    """The difference of the two in bits per dimension, image by image, over those that both were measured on; None where they
+    are not both there, of the same weights, images and noise."""
+    vlb, nll = saved.get("vlb"), saved.get("nll")
+    shared = ("weights", "data", "resolution", "captions", "seed", "batch")
+    if not (vlb and nll) or None in (vlb["value"], nll["value"]) or any(vlb["protocol"][key] != nll["protocol"][key] for key in shared):
+        return None
+    n = min(vlb["protocol"]["n"], nll["protocol"]["n"])
+    nats = [torch.from_numpy(np.load(where(metric) + ".npy", allow_pickle=False)) for metric in ("vlb", "nll")]
+    return {**summary(bits(nats[0][:n], data) - bits(nats[1][:n], data)), "unit": "bits/dim", "weights": "ema",
+            "protocol": {key: vlb["protocol"][key] for key in shared} | {"n": n}}
+
+
 def measure(images, index, network, data):
     """What the feature network says of images (B, 3, R, R) uint8 that stand for the validation captions `index`: (B, columns) float64.
 
@@ -469,7 +495,12 @@ def real_images(data, network, config, n):
 
 
 def distance_metrics(models, data, precision, config, n, where, partial, network, real):
-    """{"fd_FEATURES", "kid_FEATURES", and on scenes "caption_accuracy"} of samples against `real`, from real_images()."""
+    """{"fd_FEATURES", "kid_FEATURES", and on scenes "caption_accuracy"} of samples against `real`, from real_images().
+
+    The real images are those with the samples' own captions, as is usual on COCO, so a perfect model is nearer to them than other
+    real images would be. halves_of_real, the distance between two halves of them, is of n/2 images and of different captions: a
+    yardstick that a perfect model would fall below.
+    """
     def compute(index):
         x = train.sample_data(models["ema"], data, train.TrainConfig(precision=precision), index, config.steps, config.solver,
                               config.guidance, config.seed)
@@ -477,8 +508,8 @@ def distance_metrics(models, data, precision, config, n, where, partial, network
         if config.save_images:
             save_images(os.path.join(config.save_images, "samples"), levels, index)
         return torch.cat([torch.isfinite(x).flatten(1).all(1, keepdim=True), measure(levels, index, network, data)], 1)
-    finite, *values = for_each_image(n, 1 + network.columns(data), config.batch, compute, partial, "fd").T
-    values, guided = torch.stack(values, 1), f"_g{config.guidance:g}" if config.guidance != 1 else ""
+    table = for_each_image(n, 1 + network.columns(data), config.batch, compute, partial, "fd")
+    finite, values, guided = table[:, 0], table[:, 1:], f"_g{config.guidance:g}" if config.guidance != 1 else ""
     metrics = dict.fromkeys([f"fd_{network.name}{guided}", f"kid_{network.name}{guided}"] + [f"caption_accuracy{guided}"] * network.reads(data))
     if not finite.all():
         bad = (finite == 0).nonzero()[:, 0].tolist()
@@ -487,12 +518,13 @@ def distance_metrics(models, data, precision, config, n, where, partial, network
     truth, features = real[:, :network.width].numpy(), values[:, :network.width].numpy()
     for name, distance in zip(metrics, (frechet_of_features, kernel_distance)):
         metrics[name] = {"value": distance(truth, features), "se": bootstrap_error(distance, truth, features),
-                         "halves_of_real": distance(truth[::2], truth[1::2]), "weights": "ema"}
+                         "halves_of_real": distance(truth[::2], truth[1::2]) if n // 2 > network.width else None, "weights": "ema"}
         if n <= network.width:
             metrics[name]["singular"] = f"{n} images for {network.width} features"
     if network.reads(data):
         names = ("all", "ground", *Reader.GROUPS)
-        score = lambda table, first: {name: round(torch.nanmean(table[:, network.width + first + k]).item(), 5) for k, name in enumerate(names)}
+        score = lambda table, first: {name: round(mean, 5) for name, mean in zip(names, torch.nanmean(
+            table[:, network.width + first:network.width + first + len(names)], 0).tolist()) if mean == mean}   # nan: never asked for
         metrics[f"caption_accuracy{guided}"] = {
             **summary(values[:, network.width]), "weights": "ema", "samples": score(values, 0),
             "real_images": score(real, 0), "samples_for_other_captions": score(values, len(names))}
@@ -520,13 +552,15 @@ def save_samples(path, model, data, precision, config, title):
 
 # ---- the command -------------------------------------------------------------------------------------------------------
 
-def read_saved(target):
+def read_saved(target, dataset):
     """The metrics that earlier calls wrote to metrics_DATASET.json, each with its protocol."""
     if not os.path.exists(target):
         return {}
     try:
         with open(target) as file:
             saved = json.load(file)
+        if saved["data"] != dataset:
+            raise ValueError(f"{target}: holds numbers of --data {saved['data']}, and --data {dataset} has the same name: rename one of them")
         return {name: number for name, number in saved["metrics"].items() if saved["schema"] == train.SCHEMA and number["protocol"]}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{target}: torn, or not of isoflow: delete it to have it made again") from None
@@ -538,9 +572,10 @@ def protocol_of(metric, config, data, n, path, network):
              "captions": data.config.captions, "n": n, "guidance": 1}
     if metric == "loss":
         return {**about, "seed": train.VALIDATION_SEED, "times": "logit-normal, stratified"}
-    about |= {"seed": config.seed, "batch": config.batch}
+    about |= {"seed": config.seed} | ({"batch": config.batch} if metric != "fd" else {})   # their noise is drawn by the batch
     if metric == "vlb":
-        return {**about, "times": f"{config.vlb_times} an image, stratified in log t", "t0": 2 ** -8, "t1": 1.0, "dequantised": "uniform"}
+        return {**about, "times": f"{config.vlb_times} an image, stratified in log t", "t0": flow.VLB_RANGE[0], "t1": flow.VLB_RANGE[1],
+                "dequantised": "uniform"}
     if metric == "nll":
         return {**about, "solver": "heun, equal in sqrt(t)", "steps": config.likelihood_steps,
                 "probes": "1 of random signs, new at each evaluation", "dequantised": "uniform"}
@@ -565,6 +600,10 @@ def evaluate(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     network = FeatureNetwork(config.features, device) if "fd" in config.metrics else None
     files, sources, real, pictures = find_weights(config.path, config.points), {}, {}, {}
+    if config.save_images and (len(files) > 1 or len(config.data or [""]) > 1 or config.metrics != ["fd"]):
+        raise ValueError(f"--save_images {config.save_images}: takes --metrics fd of one model on one data set")
+    if config.save_images and os.path.exists(config.save_images) and os.listdir(config.save_images):
+        raise ValueError(f"--save_images {config.save_images}: not empty, so other images would be among these")
     for path in tqdm(files, desc="evaluating", unit="model", disable=rank > 0):
         models, definition, shape = load_models(path, device)
         precision = definition["train"]["precision"]
@@ -575,7 +614,7 @@ def evaluate(config):
             data = sources[data_config]
             if data.shape != shape:
                 raise ValueError(f"--data {dataset} gives {data.shape}, the model takes {shape}")
-            name = os.path.splitext(os.path.basename(dataset.rstrip("/")))[0]
+            name = name_of(dataset)
             prefix = "" if path.endswith(".safetensors") else "checkpoint_"
             where = lambda what: os.path.join(os.path.dirname(path), f"{prefix}{what}_{name}")
             for metric in config.metrics:
@@ -583,9 +622,9 @@ def evaluate(config):
                 if metric == "fd" and n <= network.width and not config.allow_singular:
                     raise ValueError(f"--n {n}: {network.name} has {network.width} features, so the covariance of {n} images is singular: "
                                      f"take more, or --allow_singular")
-                protocol, saved = protocol_of(metric, config, data, n, path, network), read_saved(where("metrics") + ".json")
+                protocol, saved = protocol_of(metric, config, data, n, path, network), read_saved(where("metrics") + ".json", dataset)
                 numbers = {key: number for key, number in saved.items() if number["protocol"] == protocol}
-                if not numbers:
+                if not numbers or config.save_images:
                     partial = where(f"partial_{metric}_{hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:12]}")
                     common = models, data, precision, config, n, where, partial
                     if metric == "loss":
@@ -599,6 +638,8 @@ def evaluate(config):
                     numbers = {key: {**number, "protocol": protocol} for key, number in numbers.items()}
                     if rank == 0:
                         train.write_json(where("metrics") + ".json", {"schema": train.SCHEMA, "data": dataset, "metrics": {**saved, **numbers}})
+                        for done in glob.glob(glob.escape(partial) + "*"):
+                            os.remove(done)
                 if rank == 0:
                     tqdm.write(f"{path} on {name}: " + ", ".join(
                         f"{key} refused, {number['reason']}" if number["value"] is None else f"{key} {number['value']:.4f} +- {number['se']:.4f}"
@@ -606,6 +647,12 @@ def evaluate(config):
                 ranked = numbers.get("val_loss_ema", next(iter(numbers.values())))["value"]   # the picture is of the best model
                 if ranked is not None and (name not in pictures or ranked < pictures[name][0]) and metric == config.metrics[0]:
                     pictures[name] = ranked, path, models["ema"], data, precision
+            if rank == 0 and {"vlb", "nll"} & set(config.metrics):
+                saved = read_saved(where("metrics") + ".json", dataset)
+                gap = vlb_minus_nll(saved, data, where)
+                if gap and gap != saved.get("vlb_minus_nll"):
+                    train.write_json(where("metrics") + ".json", {"schema": train.SCHEMA, "data": dataset, "metrics": {**saved, "vlb_minus_nll": gap}})
+                    tqdm.write(f"{path} on {name}: vlb - nll {gap['value']:.4f} +- {gap['se']:.4f} bits/dim, {gap['protocol']['n']} images")
     for name, (_, path, model, data, precision) in pictures.items() if config.samples and rank == 0 else ():
         target = os.path.join(os.path.dirname(path) or ".", f"samples_{name}.png")
         which = " ".join(os.path.dirname(os.path.abspath(path)).split(os.sep)[-2:])   # the run and its budget
@@ -621,7 +668,7 @@ def main():
         else:
             evaluate(config)
     except (ValueError, OSError, RuntimeError) as error:
-        if ranks()[0] == 0:
+        if ranks()[0] == 0 or not isinstance(error, ValueError):   # bad input is the same for all ranks
             print(f"evaluate.py: {train.one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     finally:

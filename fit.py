@@ -68,7 +68,7 @@ def read(paths):
 
 def read_results(folder):
     """The result.json of every point under a sweep's folder: results/NAME/RUN/budget_*/result.json."""
-    records = []
+    records, protocols = [], {}
     for file in sorted(folder.glob("*/budget_*/result.json")):
         try:
             record = json.loads(file.read_text())
@@ -88,7 +88,13 @@ def read_results(folder):
                     raise ValueError
                 for name, m in found["metrics"].items():
                     if m["value"] is not None:  # null where evaluate.py refused the metric
-                        record.setdefault("metrics", {})[f"{name} on {found['data']}"] = float(m["value"])
+                        label, how = f"{name} on {found['data']}", {k: x for k, x in m.get("protocol", {}).items() if k != "weights"}
+                        record.setdefault("metrics", {})[label] = float(m["value"])
+                        first, its = protocols.setdefault(label, (extra, how))
+                        if its != how:
+                            differs = ", ".join(k for k in its.keys() | how.keys() if its.get(k) != how.get(k))
+                            raise BadInput(f"{extra}: {label} was measured by another protocol than in {first} ({differs}): "
+                                           "run evaluate.py on all points with the same flags")
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadInput(f"{extra}: torn or not a metrics file of schema 1")
         records.append(record)
@@ -669,7 +675,8 @@ def offsets(P, v, draws):
     """What metrics have more at N* on other data than on the training data, a list of dicts: difference, and ratio, amid the
     budgets and at each, their slope per decade of C (the ratio's: of its logarithm), and a verdict on each.
 
-    "constant" where the interval of the slope holds 0, else the gap "shrinks" or "widens". The paper (arXiv 2410.08184)
+    "constant" where the interval of the slope holds 0, else the gap "shrinks" or "widens" (or "rises" or "falls", where its own
+    interval holds 0). The paper (arXiv 2410.08184)
     finds a constant difference in loss, VLB and likelihood, and a widening one in FID.
     """
     x, home, out = np.log(P["budgets"]) - P["x0"], P["records"][0].get("data"), []
@@ -688,7 +695,9 @@ def offsets(P, v, draws):
             level, slope = np.where(use.sum(1) >= 3, line(x, gap, use).T, np.nan)
             row[what], row[f"{what}_per_decade"] = told(scale(level)), told(slope * math.log(10))
             ends = row[f"{what}_per_decade"]["ci95"]
-            row[f"{what}_is"] = ("unknown" if not ends else "constant" if ends[0] <= 0 <= ends[1] else
+            around = interval(level[1:])   # a gap that may be none has no sign, so it can neither widen nor shrink
+            row[f"{what}_is"] = ("unknown" if not (ends and around) else "constant" if ends[0] <= 0 <= ends[1] else
+                                 ("rises" if slope[0] > 0 else "falls") if around[0] <= 0 <= around[1] else
                                  "widens" if level[0] * slope[0] > 0 else "shrinks")
             for at_b, i in zip(row["budgets"], np.flatnonzero(use[0])):
                 at_b[what] = told(np.where(use, scale(gap), np.nan)[:, i])
@@ -977,7 +986,8 @@ def page(law, reference=False):
             ("Metrics with a floor: value = L_inf + coefficient C^-exponent", [
                 {"law": k} | m["floor"] for k, m in law["metrics"].items() if m.get("floor")],
              ("law", "L_inf", "L_inf_ci95", "coefficient", "exponent", "ci95")),
-            ("Offsets: other data against the training data at N* (constant: the slope's interval holds 0; for a ratio of its logarithm)",
+            ("Offsets: other data against the training data at N* (constant: the slope's interval holds 0; for a ratio of its logarithm). All "
+             "intervals are for the images evaluated: the standard error that these leave is in the records",
              [o for o in law["offsets"] if "refused" not in o], ("metric", "data", *both)),
             ("The model best for FD, beside N_opt, the best for the loss", [
                 {"C": b["C"], "N_opt": b["N_opt"]} | {k: o["budgets"][i]["reason"] or o["budgets"][i]["N_opt"] for k, o in own.items()}

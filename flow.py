@@ -112,6 +112,9 @@ def sample(v, eps, text, text_mask, steps=16, solver="heun", guidance=1.0):
     return x_t
 
 
+VLB_RANGE = 2 ** -8, 1.0   # t0, t1: below half a level of 8-bit pixels there is nothing to learn but their uniform noise
+
+
 def sum_dims(values):
     """(B, ...) -> (B,): the sum over all but the batch, in float64."""
     return values.double().flatten(1).sum(1)
@@ -169,7 +172,7 @@ def log_likelihood(v, x, text, text_mask, steps=32, probes=1, seed=0):
 
 
 @torch.no_grad()
-def vlb(v, x, text, text_mask, times=64, seed=0, t0=2 ** -8, t1=1.0):
+def vlb(v, x, text, text_mask, times=64, seed=0, t0=VLB_RANGE[0], t1=VLB_RANGE[1]):
     """The variational bound on -log p(x): {"nats" (B,), its parts "prior", "diffusion", "reconstruction" (B,), "t0", "t1"}.
 
     -log p(x) <= prior + int_t0^t1 (1-t)/t |v_model - v|^2 dt + reconstruction (Kingma et al. 2021, arXiv 2107.00630, eq. 11-17,

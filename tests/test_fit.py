@@ -479,6 +479,12 @@ def test_bad_results_are_named_with_status_2(tmp_path, capsys):
     kept = metrics.read_text()
     metrics.write_text(kept[:20])
     assert str(metrics) in refusal([root], capsys, 2)
+    other = json.loads(kept)
+    for number in other["metrics"].values():
+        number["protocol"] = {"n": 7, "weights": "differ from point to point"}
+    metrics.write_text(json.dumps(other))
+    line = refusal([root], capsys, 2)
+    assert "another protocol" in line and "(n)" in line
     metrics.write_text(kept)
     losses.write_bytes(losses.read_bytes()[:150])
     assert str(losses) in refusal([root], capsys, 2)
