@@ -1216,8 +1216,10 @@ def training_curve(log):
 
 def save(figure, file):
     """A picture appears whole or not at all."""
+    import matplotlib.pyplot as plt
     figure.savefig(f"{file}.tmp", dpi=110, format="png")
     os.replace(f"{file}.tmp", file)
+    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------- the command

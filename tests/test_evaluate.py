@@ -14,8 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import fit
-import flow
 import train
 
 ROOT = Path(__file__).parent.parent
