@@ -414,7 +414,7 @@ def open_splits(config):
     try:
         splits = datasets.load_dataset(kind, data_files=files, streaming=config.stream)
     except Exception as error:  # each reader raises its own kinds, the cause of which often says more
-        raise ValueError(f"--data {path}: datasets can't read it ({one_line(error.__cause__ or error)}){more}") from None
+        raise ValueError(f"--data {path}: datasets can't read it, or it is empty ({one_line(error.__cause__ or error)}){more}") from None
     held_out = config.validation_split or next((name for name in VALIDATION_NAMES if name in splits and name != config.split), None)
     names = {"train": config.split, "validation": held_out} if held_out else {"train": config.split}
     if held_out == config.split:
@@ -423,11 +423,13 @@ def open_splits(config):
     for split, name in names.items():
         if name not in splits:
             raise ValueError(f"--data {path}: no split {name} (there is {', '.join(splits)}): see --split and --validation_split")
-        rows = splits[name].with_format("arrow")
-        columns = rows.column_names or next(iter(rows.iter(1)), {}).column_names   # a stream may not know them yet
+        rows = splits[name]
+        columns = rows.column_names or list(next(iter(rows), {}))   # a stream may not know them yet
         for flag, column in (("image_column", config.image_column), ("text_column", config.text_column)):
             if column not in columns and column.partition(".")[0] not in columns:
                 raise ValueError(f"--data {path}: no column {column} (there are {', '.join(columns)}): see --{flag}")
+        used = {column if column in columns else column.partition(".")[0] for column in (config.image_column, config.text_column)}
+        rows = rows.select_columns(sorted(used)).with_format("arrow")
         if not config.stream and config.take:
             rows = rows.select(range(min(config.take, len(rows))))
         found[split] = rows.take(config.take) if config.take and config.stream else rows
