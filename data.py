@@ -415,16 +415,17 @@ def open_splits(config):
         splits = datasets.load_dataset(kind, data_files=files, streaming=config.stream)
     except Exception as error:  # each reader raises its own kinds, the cause of which often says more
         raise ValueError(f"--data {path}: datasets can't read it, or it is empty ({one_line(error.__cause__ or error)}){more}") from None
-    held_out = config.validation_split or next((name for name in VALIDATION_NAMES if name in splits and name != config.split), None)
-    names = {"train": config.split, "validation": held_out} if held_out else {"train": config.split}
-    if held_out == config.split:
+    other = config.validation_split or next((name for name in VALIDATION_NAMES if name in splits and name != config.split), None)
+    names = {"train": config.split, "validation": other} if other else {"train": config.split}
+    if other == config.split:
         del names["train"]   # an evaluation set
     found = {}
     for split, name in names.items():
         if name not in splits:
             raise ValueError(f"--data {path}: no split {name} (there is {', '.join(splits)}): see --split and --validation_split")
         rows = splits[name]
-        columns = rows.column_names or list(next(iter(rows), {}))   # a stream may not know them yet
+        first = next(iter(rows.with_format("arrow").iter(1)), None)
+        columns = rows.column_names or (first.column_names if first else [])   # a stream may not know them yet
         for flag, column in (("image_column", config.image_column), ("text_column", config.text_column)):
             if column not in columns and column.partition(".")[0] not in columns:
                 raise ValueError(f"--data {path}: no column {column} (there are {', '.join(columns)}): see --{flag}")
@@ -480,16 +481,16 @@ def read_image(cell, roots, resolution):
             raise ValueError("no image")
         real = os.path.realpath(os.path.join(roots[0], path))
         if not any(real.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
-            raise ValueError(f"its path leads out of the data: {path[:200]}")
+            raise ValueError(f"its path leads out of the data ({path[:200]})")
         if not os.path.isfile(real):
-            raise ValueError(f"its path leads nowhere: {path[:200]}")
+            raise ValueError(f"its path leads nowhere ({path[:200]})")
         with open(real, "rb") as file:
             content = file.read()
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
         if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
-            raise ValueError(f"{width} x {height} pixels: too {'small' if min(width, height) < MIN_SIDE else 'large'}")
-        remark = "animated: its first frame" if getattr(image, "is_animated", False) else ""
+            raise ValueError(f"too {'small' if min(width, height) < MIN_SIDE else 'large'} ({width} x {height} pixels)")
+        remark = "the first frame of an animation" if getattr(image, "is_animated", False) else ""
         return to_pixels(image, resolution), width, height, remark
 
 
@@ -503,27 +504,27 @@ def read_captions(cell):
     except UnicodeDecodeError:
         raise ValueError("its caption is not UTF-8") from None
     longest = max(map(len, captions))
-    remark = (f"a caption of {longest:,} characters, cut to {MAX_CAPTION:,}" if longest > MAX_CAPTION
-              else "" if any(map(str.strip, captions)) else "its caption is empty")
+    remark = (f"a caption cut to {MAX_CAPTION:,} characters (of {longest:,})" if longest > MAX_CAPTION
+              else "" if any(map(str.strip, captions)) else "an empty caption")
     return [one[:MAX_CAPTION] for one in captions], remark
 
 
-def read_rows(table, config, roots):
+def read_rows(table, image_column, text_column, resolution, roots, version=READING):
     """Rows of an Arrow table -> a dictionary of columns. A row that can't be used has no pixels and says why in `remark`; it is
     never fatal and never a black picture. A remark on a row with pixels says what was done to it.
 
     pixels: R * R * 3 bytes or None; captions: list of strings; digest: of the pixels, 8 bytes; width, height: of the original.
     """
-    texts = column_of(table, config.text_column)
+    texts = column_of(table, text_column)
     try:
         texts = texts.cast(as_bytes(texts.type))
     except ValueError as problem:
-        raise ValueError(f"--text_column {config.text_column}: {problem}") from None
+        raise ValueError(f"--text_column {text_column}: {problem}") from None
     found = {"pixels": [], "captions": [], "digest": [], "width": [], "height": [], "remark": []}
-    for image, text in zip(column_of(table, config.image_column), texts):
+    for image, text in zip(column_of(table, image_column), texts):
         try:
             captions, about_text = read_captions(text.as_py())
-            pixels, width, height, remark = read_image(image.as_py(), roots, config.resolution)
+            pixels, width, height, remark = read_image(image.as_py(), roots, resolution)
             pixels, remark = pixels.tobytes(), "; ".join(filter(None, (remark, about_text)))
             digest = hashlib.blake2b(pixels, digest_size=8).digest()
         except Exception as error:   # pillow and its many formats raise all kinds
@@ -600,9 +601,8 @@ class Images(Ordered, Pixels):
         unseen = {digest for _, _, digest, _ in chosen["validation"]}
         chosen["train"] = [row for row in chosen["train"] if row[2] not in unseen]
         self.set_sizes(len(chosen["train"]), len(chosen["validation"]))
-        R = config.resolution
-        self.pixels = {split: torch.frombuffer(bytearray(b"".join(row[0] for row in rows)) or bytearray(1), dtype=torch.uint8)[:len(rows) * R * R * 3]
-                       .view(-1, R, R, 3) for split, rows in chosen.items()}
+        stack = lambda rows: np.frombuffer(b"".join(row[0] for row in rows), np.uint8).reshape(-1, config.resolution, config.resolution, 3)
+        self.pixels = {split: torch.from_numpy(stack(rows).copy()) for split, rows in chosen.items()}
         self.originals = {split: [row[3] for row in rows] for split, rows in chosen.items()}
         # All captions of a split in one list; those of a row are first[row] to first[row + 1] - 1.
         self.texts = {split: [text for row in rows for text in row[1]] for split, rows in chosen.items()}
@@ -638,38 +638,42 @@ class Images(Ordered, Pixels):
         return [self.texts[split][k] for k in self.choose(split, index)[1].tolist()]
 
 
+def how_to_read(config, roots):
+    """The arguments of read_rows, beside the table."""
+    return dict(image_column=config.image_column, text_column=config.text_column, resolution=config.resolution, roots=roots)
+
+
 def every_row(rows, config, roots, split):
     """The rows of a split, each as the values of read_rows. Those of a data set on disk are read once and then kept by `datasets`."""
     import datasets
+    reading = how_to_read(config, roots)
     if config.stream:
-        batches = (read_rows(table, config, roots) for table in rows.iter(100))
+        batches = (read_rows(table, **reading) for table in rows.iter(100))
     else:
         binary, whole, word = datasets.Value("binary"), datasets.Value("int64"), datasets.Value("string")
-        names = dict(zip(("image_column", "text_column", "resolution"), (config.image_column, config.text_column, config.resolution)))
-        rows = rows.map(read_rows_of, batched=True, batch_size=100, remove_columns=rows.column_names,
-                        fn_kwargs={**names, "roots": roots, "version": READING},   # on which the name of what is kept depends
-                        features=datasets.Features(pixels=binary, captions=datasets.List(word), digest=binary, width=whole, height=whole,
-                                                   remark=word), desc=f"{split} images at {config.resolution} pixels")
+        kinds = dict(pixels=binary, captions=datasets.List(word), digest=binary, width=whole, height=whole, remark=word)
+        rows = rows.map(read_rows, batched=True, batch_size=100, remove_columns=rows.column_names, features=datasets.Features(kinds),
+                        fn_kwargs={**reading, "version": READING}, desc=f"{split} images at {config.resolution} pixels")
         batches = (table.to_pydict() for table in rows.iter(1000))
     for batch in batches:
         yield from zip(*batch.values())
 
 
-def read_rows_of(table, image_column, text_column, resolution, roots, version):
-    return read_rows(table, DataConfig(data="", image_column=image_column, text_column=text_column, resolution=resolution), roots)
+def count_remarks(remarks, used):
+    """How often each was made of rows that are (not) used; what is in brackets differs from row to row."""
+    return Counter(remark.partition(" (")[0] for *_, remark, is_used in remarks if is_used == used).most_common()
 
 
 def nothing_to_use(data, rows, remarks):
-    reasons = Counter(remark for *_, remark, kept in remarks if not kept).most_common(1)
+    reasons = count_remarks(remarks, False)
     return ValueError(f"--data {data}: " + (f"none of its {rows:,} rows can be used, mostly: {reasons[0][0]}" if reasons else "an empty set"))
 
 
 def about_remarks(remarks):
-    """What was skipped, and what was done to rows that were not, in a line; "" for nothing."""
-    count = lambda kept: Counter(re.sub(r"[\d,]+ (x [\d,]+ pixels|characters)|: /?\S*$", "…", remark) for *_, remark, k in remarks if k == kept)
-    said = [f"{sum(count(kept).values()):,} {what} (" + "; ".join(f"{n:,} x {remark}" for remark, n in count(kept).most_common(5)) + ")"
-            for kept, what in ((False, "rows skipped"), (True, "rows used with a remark")) if count(kept)]
-    return ", ".join(said)
+    """What was skipped, and what was done to rows that were not, in a line."""
+    said = [f"{sum(n for _, n in counts):,} {what} ({'; '.join(f'{n:,} x {remark}' for remark, n in counts[:6])})"
+            for used, what in ((False, "rows skipped"), (True, "used with a remark")) if (counts := count_remarks(remarks, used))]
+    return ", ".join(said) or "no row skipped"
 
 
 def load_data(config, seed=0, device="cpu"):
@@ -896,11 +900,14 @@ class Shard:
         self.batch = batch
         self.validation, self.digest, self.captions = (batch.column(name) for name in ("validation", "digest", "captions"))
         bytes_of = lambda array, k: np.frombuffer(array.buffers()[k] or b"", np.uint8)
-        self.moments = bytes_of(batch.column("moments"), 1).reshape(len(batch), 2, -1)   # (rows, mirrors, bytes)
+        self.moments = bytes_of(batch.column("moments"), 1).reshape(len(batch), 2, batch.schema.field("moments").type.byte_width // 2)
         text = batch.column("text")
         self.first = np.asarray(text.offsets)                                            # captions of a row: from, to
         self.text_ends = np.frombuffer(text.values.buffers()[1] or bytes(8), np.int64)
         self.text = bytes_of(text.values, 2)
+
+    def __len__(self):
+        return len(self.batch)
 
     def text_of(self, row, caption):
         k = self.first[row] + caption
@@ -916,9 +923,9 @@ class Latents(Ordered):
     def __init__(self, config, seed=0, device="cpu"):
         self.config, self.seed, self.device, self.stats = config, seed, torch.device(device), read_stats(config.data)
         self.shards = [Shard(os.path.join(config.data, name)) for name in self.stats["shards"]]
-        place = np.concatenate([np.stack([np.full(len(shard.digest), k), np.arange(len(shard.digest))], 1) for k, shard in enumerate(self.shards)])
+        place = np.concatenate([np.stack([np.full(len(shard), k), np.arange(len(shard))], 1) for k, shard in enumerate(self.shards)])
         validation = np.concatenate([np.asarray(shard.validation.to_pylist(), bool) for shard in self.shards])
-        digest = np.concatenate([np.frombuffer(shard.digest.buffers()[1], np.int64)[:len(shard.digest)] for shard in self.shards])
+        digest = np.concatenate([np.frombuffer(shard.digest.buffers()[1] or b"", np.int64, len(shard)) for shard in self.shards])
         copies = ~validation & np.isin(digest, digest[validation])
         self.place = {"train": place[~validation & ~copies], "validation": place[validation]}   # (n, 2): shard, row in it
         self.set_sizes(*map(len, self.place.values()))
@@ -1039,8 +1046,7 @@ def prepare(config, settings):
     definition = {"format": FORMAT, "flags": flags}
     check_definition(settings.out, definition, ("format", "flags"))
     if os.path.exists(place("stats.json")):
-        stats = read_stats(settings.out)
-        return print(f"{settings.out}: is done ({stats['counts']['train']:,} training and {stats['counts']['validation']:,} validation images)")
+        return None if rank else print(f"{settings.out} is done: {read_stats(settings.out)['counts']} images")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if settings.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     if settings.device == "cuda" and device.type == "cpu":
         raise ValueError("--device cuda: torch finds no GPU here")
@@ -1060,8 +1066,8 @@ def prepare(config, settings):
     name_of = lambda split, shard: f"{split}-{shard:05d}.arrow"
     wanted = lambda split, shard: shard % world == rank and not os.path.exists(place(name_of(split, shard)))
     total = None if config.stream else sum(
-        len(range(start, min(start + settings.shard_rows, len(rows)))) for split, rows in splits.items()
-        for start in range(0, len(rows), settings.shard_rows) if wanted(split, start // settings.shard_rows))
+        min(settings.shard_rows, len(rows) - first) for split, rows in splits.items() for first in range(0, len(rows), settings.shard_rows)
+        if wanted(split, first // settings.shard_rows))
     with (tqdm(total=total, desc=f"{settings.out}", unit="img", disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30) as bar,
           ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as readers, ThreadPoolExecutor(1) as writer):
         written = []
@@ -1070,7 +1076,7 @@ def prepare(config, settings):
             seen = []   # the shards of this split, whoever makes them
             jobs = ((shard, readers.submit(read_batch, table, start, config, roots, split, own)) for shard, start, table in
                     tables(rows, config.stream, settings.batch, settings.shard_rows, lambda shard: wanted(split, shard), seen))
-            for shard, group in itertools.groupby(ahead(jobs, 2 * settings.batch), key=lambda job: job[0]):
+            for shard, group in itertools.groupby(ahead(jobs, 2 * (os.cpu_count() or 1)), key=lambda job: job[0]):
                 parts = []
                 for _, job in group:
                     found = job.result()
@@ -1084,7 +1090,7 @@ def prepare(config, settings):
             job.result()
     if rank:
         return
-    while missing := [name for name in names if not os.path.exists(place(name))]:   # of the other ranks
+    while not all(os.path.exists(place(name)) for name in names):   # the other ranks are at work
         time.sleep(0.2)
     finish(config, settings, definition, vae, names, time.monotonic() - began)
 
@@ -1131,7 +1137,7 @@ def ahead(jobs, depth):
 
 def read_batch(table, start, config, roots, split, own):
     """What a reader's thread does of a batch: decode, crop, resize, hash; PNG files of what is for validation."""
-    found = read_rows(table, config, roots)
+    found = read_rows(table, **how_to_read(config, roots))
     good = [k for k, pixels in enumerate(found["pixels"]) if pixels is not None]
     remarks = [(split, start + k, remark, found["pixels"][k] is not None) for k, remark in enumerate(found["remark"]) if remark]
     rows = {name: [values[k] for k in good] for name, values in found.items()}
@@ -1210,14 +1216,14 @@ def finish(config, settings, definition, vae, names, seconds):
         "channels": vae.channels, "size": config.resolution // vae.factor, "store": settings.store, "text_store": settings.text_store,
         "shift": mean.tolist(), "scale": np.sqrt(square - mean ** 2).tolist(), "measured_on": f"the {which} images, not mirrored",
         "encoders": definition["encoders"], "rows": rows, "counts": counts, "skipped": len(skipped),
-        "remarks": {"reasons": dict(Counter(remark[2] for remark in remarks).most_common(NAMED)),   # split, row, what, used?
+        "remarks": {"skipped": dict(count_remarks(remarks, False)), "used": dict(count_remarks(remarks, True)),   # rows: split, row, what, used?
                     "rows": (skipped + [remark for remark in remarks if remark[3]])[:NAMED]},
         "shards": names, "flags": definition["flags"]})
     for name in os.listdir(settings.out):
         if ".arrow.tmp" in name:   # of a process that was killed
             os.remove(os.path.join(settings.out, name))
     print(f"{settings.out}: {counts['train']:,} training and {counts['validation']:,} validation images, "
-          + (about_remarks(remarks) or "no row skipped") + f"; {rows:,} rows in {seconds:.0f} s (a resumed run: what was left)")
+          + about_remarks(remarks) + f"; {rows:,} rows in {seconds:.0f} s (a resumed run: what was left)")
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------
@@ -1278,7 +1284,7 @@ def look(config, settings):
         sides = np.array(data.originals["train"] + data.originals["validation"])
         (least, most), middle = (np.sort(sides.min(1))[[0, -1]], np.median(sides, 0).astype(int))
         title += f"; originals: shorter side {least} to {most}, median {middle[0]} x {middle[1]}"
-    title += f"; {about_remarks(data.remarks) or 'no row skipped'}." * (data.train_images is not None) + note
+    title += f"; {about_remarks(data.remarks)}." * (data.train_images is not None) + note
     save_grid(settings.out, [images], data.captions(split, index), title, columns=6)
     print(f"{title}\nwritten: {settings.out}")
 

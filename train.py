@@ -418,7 +418,7 @@ def train(model_config, data_config, config):
     if data.train_images:
         epochs = target[missing[-1]] * config.batch / data.train_images
         say(f"{data.train_images:,} training images, each seen {epochs:.3g} times; {data.validation_images:,} for validation; "
-            + (about_remarks(data.remarks) or "no row skipped"))
+            + about_remarks(data.remarks))
     about = {"definition": json.dumps(definition), "shape": json.dumps(data.shape)}  # so that weights say what they are
     clock = saved_at = time.monotonic()
     make_batch = lambda step: training_batch(data, config, step, rank, world, device)
