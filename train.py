@@ -358,6 +358,8 @@ def train(model_config, data_config, config):
     say = print if rank == 0 else lambda *words: None
 
     data = load_data(data_config, config.seed, device)
+    if data.train_images is not None and data.train_images < config.batch:
+        raise ValueError(f"--batch {config.batch}: {data_config.data} has only {data.train_images} images to train on")
     torch.manual_seed(config.seed)
     model = DiT(model_config, **data.shape).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -366,8 +368,6 @@ def train(model_config, data_config, config):
         if target[budget] == target[larger]:
             raise ValueError(f"--budget {budget:g} {larger:g}: both are {target[budget]} steps; take budgets further apart")
 
-    if data.train_images is not None and data.train_images < config.batch:
-        raise ValueError(f"--batch {config.batch}: {data_config.data} has only {data.train_images} images to train on")
     definition = definition_of(model_config, data_config, config, data.encoders)
     config = dataclasses.replace(config, val_images=count_validation(data, config.val_images))
     runtime = {"device": device_name, "devices": world, "threads": torch.get_num_threads(), "versions": {
