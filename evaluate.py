@@ -355,8 +355,8 @@ def ranks():
 def for_each_image(n, columns, batch, compute, partial, what):
     """compute(index (b,)) -> (b, columns), over images 0 to n - 1 in batches: (n, columns) float64, complete on every rank.
 
-    The batches are dealt to the ranks of torchrun in turns. What is done is kept in a file a rank `partial` (None: nowhere), so that a
-    killed evaluation goes on, and these are removed at the end.
+    The batches are dealt to the ranks of torchrun in turns. What is done is kept in files `partial`, one a rank (None: nowhere),
+    so that a killed evaluation goes on, and these are removed at the end.
     """
     rank, world = ranks()
     kept = os.devnull if partial is None else f"{partial}_{rank}of{world}.npy"
@@ -407,7 +407,7 @@ def bits(nats, data):
     return flow.bits_per_dim(nats, data.shape["channels"] * data.shape["size"] ** 2, pixels=not data.latents)
 
 
-def loss_metrics(models, data, precision, config, n, where):
+def loss_metrics(models, data, precision, config, n, where, partial):
     """The validation loss as the trainer computes it, per element: {"val_loss_ema", and "val_loss" of raw weights}."""
     metrics = {}
     for kind, model in models.items():
@@ -419,7 +419,7 @@ def loss_metrics(models, data, precision, config, n, where):
     return metrics
 
 
-def likelihood_metrics(metric, models, data, precision, config, n, where):
+def likelihood_metrics(metric, models, data, precision, config, n, where, partial):
     """{"vlb"} or {"nll"}: the bound on -log p of the reverse SDE, or -log p of the sampler's ODE, in bits per dimension.
 
     The nats of each image are kept in METRIC_DATASET.npy, so that models, or the two metrics, can be compared image by image.
@@ -433,7 +433,6 @@ def likelihood_metrics(metric, models, data, precision, config, n, where):
                 return torch.stack([bound[part] for part in ("nats", "prior", "diffusion", "reconstruction")], 1)
             nats, error, _ = flow.log_likelihood(models["ema"], x, text, text_mask, config.likelihood_steps, seed=seed)
             return torch.stack([-nats, error, error, error], 1)
-    partial = where(f"partial_{metric}_s{config.seed}_b{config.batch}_{config.likelihood_steps}_{config.vlb_times}")
     nats, *parts = for_each_image(n, 4, config.batch, compute, partial, metric).T
     if ranks()[0] == 0:
         train.write_whole(where(metric) + ".npy", lambda path: train.save_array(path, nats.numpy()))
@@ -469,7 +468,7 @@ def real_images(data, network, config, n):
     return for_each_image(n, network.columns(data), config.batch, compute, None, "real images")
 
 
-def distance_metrics(models, data, precision, config, n, where, network, real):
+def distance_metrics(models, data, precision, config, n, where, partial, network, real):
     """{"fd_FEATURES", "kid_FEATURES", and on scenes "caption_accuracy"} of samples against `real`, from real_images()."""
     def compute(index):
         x = train.sample_data(models["ema"], data, train.TrainConfig(precision=precision), index, config.steps, config.solver,
@@ -478,7 +477,6 @@ def distance_metrics(models, data, precision, config, n, where, network, real):
         if config.save_images:
             save_images(os.path.join(config.save_images, "samples"), levels, index)
         return torch.cat([torch.isfinite(x).flatten(1).all(1, keepdim=True), measure(levels, index, network, data)], 1)
-    partial = where(f"partial_fd_{network.about['sha256']}_s{config.seed}_b{config.batch}_g{config.guidance:g}_{config.steps}{config.solver}")
     finite, *values = for_each_image(n, 1 + network.columns(data), config.batch, compute, partial, "fd").T
     values, guided = torch.stack(values, 1), f"_g{config.guidance:g}" if config.guidance != 1 else ""
     metrics = dict.fromkeys([f"fd_{network.name}{guided}", f"kid_{network.name}{guided}"] + [f"caption_accuracy{guided}"] * network.reads(data))
@@ -591,7 +589,8 @@ def evaluate(config):
                 protocol, saved = protocol_of(metric, config, data, n, path, network), read_saved(where("metrics") + ".json")
                 numbers = {key: number for key, number in saved.items() if number["protocol"] == protocol}
                 if not numbers:
-                    common = models, data, precision, config, n, where
+                    partial = where(f"partial_{metric}_{hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:12]}")
+                    common = models, data, precision, config, n, where, partial
                     if metric == "loss":
                         numbers = loss_metrics(*common)
                     elif metric == "fd":

@@ -96,15 +96,19 @@ def test_samples_depend_on_seed_and_caption_alone(trained):
     (["RUN", "--likelihood_steps", "1"], "--likelihood_steps"), (["RUN", "--metrics", "fd", "--features", "clip:/no/such"], "--features clip:FOLDER"),
     (["RUN", "--metrics", "fd", "--features", "dinov2"], "model.safetensors"), (["NO_EMA"], "EMA"),
 ])
-def test_bad_input_is_one_line(trained, tmp_path, arguments, named):
+def test_bad_input_is_one_line(trained, tmp_path, arguments, named, monkeypatch, capsys):
     (tmp_path / "torn.safetensors").write_bytes(b"\x00\x01torn")
     checkpoint = torch.load(trained / "checkpoint.pt", weights_only=True)
     torch.save({name: part for name, part in checkpoint.items() if name != "ema"}, tmp_path / "checkpoint.pt")
     places = {"NO_EMA": tmp_path / "checkpoint.pt", "EMPTY": tmp_path / "empty", "TORN": tmp_path / "torn.safetensors", "RUN": trained}
     (tmp_path / "empty").mkdir()
-    said = command(*[places.get(word, word) for word in arguments])
-    assert said.returncode == 2 and named in said.stderr
-    assert len([line for line in said.stderr.strip().splitlines() if "evaluate.py: " in line]) == 1 and "Traceback" not in said.stderr
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(str(places.get(word, word)) for word in arguments)])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and named in said
+    assert len([line for line in said.strip().splitlines() if "evaluate.py: " in line]) == 1 and "Traceback" not in said
 
 
 # ---- likelihoods -------------------------------------------------------------------------------------------------------
