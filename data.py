@@ -586,6 +586,7 @@ class Images(Ordered, Pixels):
         self.config, self.seed, self.device = config, seed, torch.device(device)
         self.text = text_encoder(config, device)
         self.encoders = {"text": self.text.about} if isinstance(self.text, PretrainedText) else {}
+        self.shape = dict(channels=3, size=config.resolution, text_tokens=self.text.tokens, text_dim=self.text.dim)
         splits, roots = open_splits(config)
         self.remarks, total, chosen = [], 0, {"train": [], "validation": []}
         for split, source in splits.items():
@@ -611,10 +612,6 @@ class Images(Ordered, Pixels):
             self.parts = {split: self.text.cached(texts) for split, texts in self.texts.items()}
         else:
             self.ids = {split: self.text.encode(texts) for split, texts in self.texts.items()}
-
-    @property
-    def shape(self):
-        return input_shape(self.config)
 
     def choose(self, split, index):
         """-> rows (B,), the places of their captions in self.texts (B,), which are mirrored (B,)."""
@@ -922,6 +919,7 @@ class Latents(Ordered):
 
     def __init__(self, config, seed=0, device="cpu"):
         self.config, self.seed, self.device, self.stats = config, seed, torch.device(device), read_stats(config.data)
+        self.shape = input_shape(config)
         self.shards = [Shard(os.path.join(config.data, name)) for name in self.stats["shards"]]
         place = np.concatenate([np.stack([np.full(len(shard), k), np.arange(len(shard))], 1) for k, shard in enumerate(self.shards)])
         validation = np.concatenate([np.asarray(shard.validation.to_pylist(), bool) for shard in self.shards])
@@ -935,10 +933,6 @@ class Latents(Ordered):
         if self.stats["text_store"] == "ids":
             self.text = PretrainedText(config, device)
             self.check("text", self.text)
-
-    @property
-    def shape(self):
-        return input_shape(self.config)
 
     @property
     def encoders(self):
