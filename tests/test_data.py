@@ -616,6 +616,7 @@ def test_latents_that_do_not_fit_are_refused(tmp_path, prepared, flags, said, ca
     assert re.search(said, message) and "\n" not in message
 
 
+@pytest.mark.slow
 def test_the_papers_preset_runs_on_prepared_latents(tmp_path, prepared, capsys):
     import sweep
     flags = ["--data", str(prepared), "--warmup", "1", "--batch", "16", "--micro_batches", "2", "--device", "cpu", "--val_images", "8"]
