@@ -846,6 +846,7 @@ class VAE:
     def __init__(self, source, device):
         import diffusers  # here, since it takes seconds that others need not spend
         diffusers.logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")   # diffusers' own call of the hub, no business of the user
         load = lambda **more: diffusers.AutoencoderKL.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32, **more)
         try:
             if os.path.isdir(source):
