@@ -489,7 +489,7 @@ def test_kill_9_at_ten_moments_leaves_the_shards_of_an_undisturbed_run(tmp_path,
     seconds = time.monotonic() - began
     for attempt in range(60):
         pid = fork(lambda: make(folder, source, encoders))
-        time.sleep(seconds * chance.random())
+        time.sleep(seconds * chance.uniform(0.2, 1))
         os.kill(pid, signal.SIGKILL)
         status, now = os.waitpid(pid, 0)[1], files(folder) if folder.exists() else {}
         assert status in (0, signal.SIGKILL)
@@ -499,7 +499,7 @@ def test_kill_9_at_ten_moments_leaves_the_shards_of_an_undisturbed_run(tmp_path,
             break
         if "stats.json" in now:                                            # it got there: from the start
             shutil.rmtree(folder)
-    assert len(moments) == 10 and len(set(moments)) > 2, moments              # finished shards at each kill
+    assert len(moments) == 10 and any(0 < finished < 10 for finished in moments), moments   # of the 10 shards, at each kill
     make(folder, source, encoders)
     assert files(folder) == whole
     times = {name: os.stat(folder / name).st_mtime_ns for name in os.listdir(folder)}
