@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 import flow
 import train
-from data import COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, DataConfig, Scenes, load_data, save_grid
+from data import (COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, DataConfig, Scenes, adopt, data_config_of, load_data,
+                  save_grid)
 from model import DiT, ModelConfig, parse_flags
 
 IMAGES = {"vlb": 500, "nll": 250, "fd": 2000}   # of a quick grid; the paper's protocol is --n 10000
@@ -409,15 +410,15 @@ def summary(values):
 
 
 def with_noise(data, config, index):
-    """Validation images with their uniform noise, fixed by (seed, first image): x (B, C, R, R), text, text_mask."""
-    k, text, text_mask = data.batch("validation", index)
-    u = torch.rand(k.shape, generator=train.seeded("u", config.seed, index[0].item()))
-    return train.to_data(k, u.to(k.device)), text, text_mask
+    """Validation images with their uniform noise (latents: drawn from the VAE's posterior), fixed by (seed, first image): x (B, C, R, R), text, text_mask."""
+    raw, text, text_mask = data.batch("validation", index)
+    return data.to_x(raw, train.seeded("u", config.seed, index[0].item())), text, text_mask
 
 
 def bits(nats, data):
-    """Nats per image -> bits per dimension of 8-bit pixels, an upper bound on what the levels cost (flow.bits_per_dim)."""
-    return flow.bits_per_dim(nats, data.shape["channels"] * data.shape["size"] ** 2)
+    """Nats per image -> bits per dimension of 8-bit pixels, an upper bound on what the levels cost; of latents a differential number,
+    which depends on their scale (flow.bits_per_dim)."""
+    return flow.bits_per_dim(nats, data.shape["channels"] * data.shape["size"] ** 2, pixels=not data.latents)
 
 
 def loss_metrics(models, data, precision, config, n, where, partial):
@@ -449,7 +450,7 @@ def likelihood_metrics(metric, models, data, precision, config, n, where, partia
     nats, *parts = for_each_image(n, 4, config.batch, compute, partial, metric).T
     if ranks()[0] == 0:
         train.write_whole(where(metric) + ".npy", lambda path: train.save_array(path, nats.numpy()))
-    number = {**summary(bits(nats, data)), "unit": "bits/dim", "nats_per_image": summary(nats)["value"], "weights": "ema"}
+    number = {**summary(bits(nats, data)), "unit": "bits/latent dim" if data.latents else "bits/dim", "nats_per_image": summary(nats)["value"], "weights": "ema"}
     if metric == "vlb":
         number |= {f"{name}_nats": summary(part)["value"] for name, part in zip(("prior", "diffusion", "reconstruction"), parts)}
     elif number["value"] is not None:   # what the probes alone would leave of uncertainty, in the mean over images
@@ -487,7 +488,7 @@ def measure(images, index, network, data):
 def real_images(data, network, config, n):
     """measure() of the validation images 0 to n - 1, to which samples are compared."""
     def compute(index):
-        images, *_ = data.batch("validation", index)
+        images = data.images("validation", index)
         if config.save_images:
             save_images(os.path.join(config.save_images, "real"), images, index)
         return measure(images, index, network, data)
@@ -504,7 +505,7 @@ def distance_metrics(models, data, precision, config, n, where, partial, network
     def compute(index):
         x = train.sample_data(models["ema"], data, train.TrainConfig(precision=precision), index, config.steps, config.solver,
                               config.guidance, config.seed)
-        levels = train.to_levels(x.nan_to_num())
+        levels = data.to_levels(x.nan_to_num())
         if config.save_images:
             save_images(os.path.join(config.save_images, "samples"), levels, index)
         return torch.cat([torch.isfinite(x).flatten(1).all(1, keepdim=True), measure(levels, index, network, data)], 1)
@@ -541,10 +542,10 @@ def save_images(folder, levels, index):
 def save_samples(path, model, data, precision, config, title):
     """A picture of held-out images and, beside each, samples for its caption, one for each value of guidance."""
     index = torch.arange(min(config.samples, data.validation_images or config.samples))
-    groups = [data.batch("validation", index)[0]]
+    groups = [data.images("validation", index)]
     for guidance in config.picture_guidance:
-        groups.append(train.to_levels(train.sample_data(model, data, train.TrainConfig(precision=precision), index, config.steps,
-                                                        config.solver, guidance, config.seed)))
+        groups.append(data.to_levels(train.sample_data(model, data, train.TrainConfig(precision=precision), index, config.steps,
+                                                       config.solver, guidance, config.seed)))
     columns = ["held-out image", *(f"sample, guidance {guidance:g}" for guidance in config.picture_guidance)]
     save_grid(path, groups, data.captions("validation", index),
               f"{title}: {' | '.join(columns)} (EMA weights, {config.steps} {config.solver.title()} steps)")
@@ -573,14 +574,16 @@ def protocol_of(metric, config, data, n, path, network):
     if metric == "loss":
         return {**about, "seed": train.VALIDATION_SEED, "times": "logit-normal, stratified"}
     about |= {"seed": config.seed} | ({"batch": config.batch} if metric != "fd" else {})   # their noise is drawn by the batch
+    noise = "drawn from the posterior of the VAE, normalised" if data.latents else "uniform"
     if metric == "vlb":
         return {**about, "times": f"{config.vlb_times} an image, stratified in log t", "t0": flow.VLB_RANGE[0], "t1": flow.VLB_RANGE[1],
-                "dequantised": "uniform"}
+                "dequantised": noise}
     if metric == "nll":
         return {**about, "solver": "heun, equal in sqrt(t)", "steps": config.likelihood_steps,
-                "probes": "1 of random signs, new at each evaluation", "dequantised": "uniform"}
+                "probes": "1 of random signs, new at each evaluation", "dequantised": noise}
     return {**about, "solver": config.solver, "steps": config.steps, "guidance": config.guidance, "features": network.about,
-            "reference": f"validation images 0 to {n - 1}, whose captions the samples have"}
+            "reference": f"validation images 0 to {n - 1}, whose captions the samples have"
+                         + (f"; their own pixels, not what VAE {data.encoders['vae']['sha256']} makes of them" if data.latents else "")}
 
 
 def count_images(metric, config, data, definition):
@@ -608,10 +611,11 @@ def evaluate(config):
         models, definition, shape = load_models(path, device)
         precision = definition["train"]["precision"]
         for dataset in config.data or [definition["data"]["data"]]:
-            data_config = DataConfig(**{**definition["data"], "data": dataset})
+            data_config = data_config_of(definition["data"], dataset)
             if data_config not in sources:
                 sources[data_config] = load_data(data_config, 0, device)
             data = sources[data_config]
+            adopt(data, definition.get("encoders", {}))
             if data.shape != shape:
                 raise ValueError(f"--data {dataset} gives {data.shape}, the model takes {shape}")
             name = name_of(dataset)

@@ -780,6 +780,10 @@ def warnings(law):
         spread = law["method_spread"]["exponent_N"]
         if spread and spread[1] - spread[0] > hi - lo:
             w.append(f"the methods differ by {spread[1] - spread[0]:.3f} in the exponent of N*, more than its interval is wide")
+    epochs = max(float(record.get("epochs") or 0) for record in P["records"])
+    if epochs > 1:
+        w.append(f"these runs saw each image up to {epochs:.1f} times; the paper saw each once. Repeated images teach less, so the best N and "
+                 "the loss at large budgets are those of a data set of this size")
     if law["loss"]["floor"]:
         x = math.log(250 * P["budgets"].max()) - P["x0"]
         gap = 100 * float(at(base, "L", x)[0] / at(base, "L floor", x)[0] - 1)

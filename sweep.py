@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import flow
 import train
-from data import DataConfig, load_data
+from data import DataConfig, input_shape, load_data, read_stats
 from model import FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
 
 # Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
@@ -105,9 +105,7 @@ def plan(sweep, flags):
                      "--seed", str(seed), "--budget", *map(repr, budgets)]
         configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), __doc__, train.PRESETS, argv=arguments)
         model_config, data_config, config = configs
-        shape = dict(channels=3, size=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim)
-        if sweep.preset == "paper" and not has_data:
-            shape = FAMILY_INPUT["paper"]
+        shape = FAMILY_INPUT["paper"] if sweep.preset == "paper" and not has_data else input_shape(data_config)
         with torch.device("meta"):
             model = DiT(model_config, **shape)
         N, steps = model.count_parameters()["blocks"], {}
@@ -143,7 +141,9 @@ def time_steps(runs, threads):
     for run in tqdm(runs, desc="timing a step of each size", leave=False):
         model_config, data_config, config = run.configs
         device, precision, *_ = train.find_device(config.device, config.precision)
-        data = load_data(dataclasses.replace(data_config, data="scenes"), 0, device)   # a step costs the same on any images
+        # A step costs the same on any pixels; prepared latents are read as they come.
+        scenes = DataConfig(resolution=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim or 64)
+        data = load_data(data_config if read_stats(data_config.data) else scenes, 0, device)
         if run.step_flops > (1e15 if device.type == "cuda" else 1e11) or run.shape != data.shape:
             continue
         if (model_config.depth, model_config.width) not in timed:
@@ -210,10 +210,10 @@ def estimate(runs, jobs, threads):
             f"thread{'s' * (threads > 1)}; validation and pictures add about a fifth")
 
 
-def check_folder(run):
+def check_folder(run, encoders):
     """Raises ValueError where the folder belongs to another configuration or holds a torn record. -> all budgets done?"""
     _, precision, *_ = train.find_device(run.configs[2].device, run.configs[2].precision)
-    definition = train.definition_of(run.configs[0], run.configs[1], dataclasses.replace(run.configs[2], precision=precision))
+    definition = train.definition_of(run.configs[0], run.configs[1], dataclasses.replace(run.configs[2], precision=precision), encoders)
     train.check_earlier_run(run.folder, definition)
     return all([train.read_record(os.path.join(train.point_folder(run.folder, budget), "result.json"), budget) is not None
                 for budget in run.steps])
@@ -300,7 +300,7 @@ def run_sweep(sweep, flags):
         data = load_data(runs[0].configs[1])  # fails here rather than in every run, and leaves real images in the cache of datasets
         train.count_validation(data, runs[0].configs[2].val_images)
         for run in runs:
-            run.status = "done" if check_folder(run) else "waiting"
+            run.status = "done" if check_folder(run, data.encoders) else "waiting"
     time_steps([run for run in runs if run.status == "waiting"], threads)
     if sweep.dry_run:
         print_plan(runs, left_out, jobs, threads)

@@ -18,6 +18,7 @@ import platform
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -30,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
-from data import DataConfig, load_data, save_grid
+from data import DataConfig, about_remarks, differences, load_data, one_line, save_grid, write_json, write_whole
 from model import FAMILY_CONFIG, DiT, ModelConfig, parse_flags
 
 try:
@@ -143,36 +144,6 @@ def steps_for(budget, model, config):
     return steps
 
 
-def one_line(error):
-    """The first line of an error's message, or its name where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_whole(path, write):
-    """write(temporary path), then rename: the file appears whole or not at all, also after kill -9 or on a full disk."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save tells a full disk as a RuntimeError about positions
-        raise OSError(f"{path} could not be written, is the disk full? ({one_line(error)})") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def write_json(path, content):
-    """JSON in which a number that is not finite is an error, never a NaN that a reader stumbles over."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-
-    def write(temporary):
-        with open(temporary, "w") as file:
-            file.write(text + "\n")
-    write_whole(path, write)
-
-
 def read_record(path, budget):
     """A point's result.json, or None where there is none. Raises ValueError for a torn or foreign one, or another budget's."""
     if not os.path.exists(path):
@@ -194,25 +165,8 @@ def save_array(path, array):
         np.save(file, array)
 
 
-def differences(saved, current, prefix=""):
-    """The leaves in which two configurations differ, as lines "name: saved -> current"."""
-    found = []
-    for key in sorted(saved.keys() | current.keys()):
-        old, new = saved.get(key), current.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key}: {old} -> {new}")
-    return found
-
-
 def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def to_data(k, u):
-    """8-bit levels k (B, C, R, R) and u uniform in [0, 1) -> x = (k + u) / 128 - 1, a continuous variable in [-1, 1)."""
-    return (k + u) / 128 - 1
 
 
 def training_batch(data, config, step, rank, world, device):
@@ -224,16 +178,16 @@ def training_batch(data, config, step, rank, world, device):
     size, mine = config.batch // config.micro_batches, config.micro_batches // world
     strata = torch.randperm(config.batch, generator=seeded(config.seed, step))
     here = slice(rank * mine * size, (rank + 1) * mine * size)
-    k, text, text_mask = data.batch("train", torch.arange((step - 1) * config.batch, step * config.batch)[here])
-    u, eps, jitter, keep = [], [], [], []
-    for micro in range(rank * mine, (rank + 1) * mine):
+    raw, text, text_mask = data.batch("train", torch.arange((step - 1) * config.batch, step * config.batch)[here])
+    x, eps, jitter, keep = [], [], [], []
+    for micro, part in zip(range(rank * mine, (rank + 1) * mine), raw.split(size)):
         generator = seeded(config.seed, step, micro, device=device)
-        u.append(torch.rand((size, *k.shape[1:]), generator=generator, device=device))
-        eps.append(torch.randn((size, *k.shape[1:]), generator=generator, device=device))
+        x.append(data.to_x(part, generator))
+        eps.append(torch.randn(x[-1].shape, generator=generator, device=device))
         jitter.append(torch.rand(size, generator=generator, device=device))
         keep.append(torch.rand(size, generator=generator, device=device) >= config.caption_dropout)
     t = flow.stratified_times(strata[here].to(device), config.batch, torch.cat(jitter), config.t_sampling)
-    return to_data(k, torch.cat(u)), torch.cat(eps), t, text, text_mask & torch.cat(keep)[:, None]
+    return torch.cat(x), torch.cat(eps), t, text, text_mask & torch.cat(keep)[:, None]
 
 
 def count_validation(data, wanted):
@@ -246,7 +200,7 @@ def count_validation(data, wanted):
 def validation_batches(data, images, rank=0, world=1, first=None):
     """This rank's share of the fixed validation set, or of its `first` images: (indices, (x, eps, t, text, text_mask)).
 
-    Drawn on the CPU, independent of the run's seed, device and world size: images, u, times (one in each of `images` slices of
+    Drawn on the CPU, independent of the run's seed, device and world size: images, u (or n of latents), times (one in each of `images` slices of
     the logit-normal, whatever the training times are) and noises are the same for every run of a sweep.
     """
     strata = torch.randperm(images, generator=seeded(VALIDATION_SEED, images))
@@ -254,12 +208,12 @@ def validation_batches(data, images, rank=0, world=1, first=None):
         if number % world != rank:
             continue
         index = torch.arange(start, min(start + VALIDATION_BATCH, images))
-        k, text, text_mask = data.batch("validation", index)
+        raw, text, text_mask = data.batch("validation", index)
         generator = seeded(VALIDATION_SEED, images, start)
-        u = torch.rand(k.shape, generator=generator).to(k.device)
-        eps = torch.randn(k.shape, generator=generator).to(k.device)
-        t = flow.stratified_times(strata[index], images, torch.rand(len(index), generator=generator)).to(k.device)
-        yield index, (to_data(k, u), eps, t, text, text_mask)
+        x = data.to_x(raw, generator)
+        eps = torch.randn(x.shape, generator=generator).to(x.device)
+        t = flow.stratified_times(strata[index], images, torch.rand(len(index), generator=generator)).to(x.device)
+        yield index, (x, eps, t, text, text_mask)
 
 
 def validation_losses(model, data, config, rank=0, world=1, first=None):
@@ -281,15 +235,11 @@ def validation_losses(model, data, config, rank=0, world=1, first=None):
 
 def sample_data(model, data, config, index, steps=16, solver="heun", guidance=3.0, seed=VALIDATION_SEED):
     """Samples x for the captions of validation images `index`, like x, not clipped. Noise depends on (seed, index) alone."""
-    k, text, text_mask = data.batch("validation", index)
-    eps = torch.stack([torch.randn(k.shape[1:], generator=seeded("sample", seed, i)) for i in index.tolist()]).to(k.device)
-    with autocast(k.device, config.precision):
+    raw, text, text_mask = data.batch("validation", index)
+    shape = data.shape["channels"], data.shape["size"], data.shape["size"]
+    eps = torch.stack([torch.randn(shape, generator=seeded("sample", seed, i)) for i in index.tolist()]).to(raw.device)
+    with autocast(raw.device, config.precision):
         return flow.sample(model, eps, text, text_mask, steps, solver, guidance).float()
-
-
-def to_levels(x):
-    """x -> the nearest 8-bit levels, (B, C, R, R) uint8: the inverse of to_data."""
-    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
 def find_device(device_flag, precision_flag):
@@ -320,12 +270,16 @@ def point_folder(out, budget):
     return os.path.join(out, f"budget_{budget:.4g}")
 
 
-def definition_of(model_config, data_config, config):
-    """What defines a run, and so what a resumed one must agree with. The list of budgets is no part of it."""
+def definition_of(model_config, data_config, config, encoders):
+    """What defines a run, and so what a resumed one must agree with. The list of budgets is no part of it.
+
+    encoders: of the data set (`data.encoders`): which weights made its latents and features, and the scale of the latents.
+    """
     settings = dataclasses.asdict(config)
     for name in ("budget", "out", "preset", "device", "threads", "allow_drift"):
         del settings[name]
-    return {"schema": SCHEMA, "model": dataclasses.asdict(model_config), "data": dataclasses.asdict(data_config), "train": settings}
+    definition = {"schema": SCHEMA, "model": dataclasses.asdict(model_config), "data": dataclasses.asdict(data_config), "train": settings}
+    return {**definition, "encoders": encoders} if encoders else definition
 
 
 def lock(path):
@@ -349,6 +303,7 @@ def check_earlier_run(out, definition, runtime=None):
         with open(path) as file:
             saved = json.load(file)
         saved_runtime = dict(saved.pop("runtime"))
+        saved["data"] = {**dataclasses.asdict(DataConfig()), **saved["data"]}   # what an earlier version did not know meant the default
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: torn, or not a configuration of isoflow: move it away or take another --out") from None
     if differs := differences(saved, definition):
@@ -403,6 +358,8 @@ def train(model_config, data_config, config):
     say = print if rank == 0 else lambda *words: None
 
     data = load_data(data_config, config.seed, device)
+    if data.train_images is not None and data.train_images < config.batch:
+        raise ValueError(f"--batch {config.batch}: {data_config.data} has only {data.train_images} images to train on")
     torch.manual_seed(config.seed)
     model = DiT(model_config, **data.shape).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -411,7 +368,7 @@ def train(model_config, data_config, config):
         if target[budget] == target[larger]:
             raise ValueError(f"--budget {budget:g} {larger:g}: both are {target[budget]} steps; take budgets further apart")
 
-    definition = definition_of(model_config, data_config, config)
+    definition = definition_of(model_config, data_config, config, data.encoders)
     config = dataclasses.replace(config, val_images=count_validation(data, config.val_images))
     runtime = {"device": device_name, "devices": world, "threads": torch.get_num_threads(), "versions": {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
@@ -458,8 +415,14 @@ def train(model_config, data_config, config):
     say(json.dumps({**definition, "runtime": runtime}))
     say(f"N = {N['blocks']:,} in the blocks, {N['total']:,} in all; {model.flops_per_image():.4g} FLOPs an image; "
         f"{target[missing[-1]]:,} steps of {config.batch} images; {precision} on {device_name}")
+    if data.train_images:
+        epochs = target[missing[-1]] * config.batch / data.train_images
+        say(f"{data.train_images:,} training images, each seen {epochs:.3g} times; {data.validation_images:,} for validation; "
+            + about_remarks(data.remarks))
     about = {"definition": json.dumps(definition), "shape": json.dumps(data.shape)}  # so that weights say what they are
     clock = saved_at = time.monotonic()
+    make_batch = lambda step: training_batch(data, config, step, rank, world, device)
+    coming = None   # the batch of the next step, where it is worth a thread; a function of the step, so that nothing depends on it
 
     def fail(what):
         reason = f"{what} at or before step {state['step']} (is --lr {config.lr:g} too large?)"
@@ -476,13 +439,15 @@ def train(model_config, data_config, config):
     with (lock(os.path.join(out, "config.json") if rank == 0 else os.devnull),
           tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step", disable=rank > 0,
                smoothing=0.05, mininterval=1 if sys.stderr.isatty() else 30) as bar,
+          ThreadPoolExecutor(1) as reader,
           open_log(os.path.join(out, "log.jsonl") if rank == 0 else os.devnull, max(known, state["step"])) as log):
         for budget in missing:
             while state["step"] < target[budget]:
                 step = state["step"] + 1
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * min(1.0, step / config.warmup)
-                batch = training_batch(data, config, step, rank, world, device)
+                batch = coming.result() if coming else make_batch(step)
+                coming = reader.submit(make_batch, step + 1) if data.prefetch and step < target[missing[-1]] else None
                 loss = torch.zeros((), device=device)
                 for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch)):
                     with autocast(device, precision):
@@ -543,10 +508,13 @@ def train(model_config, data_config, config):
                 folder = point_folder(out, budget)
                 os.makedirs(folder, exist_ok=True)
                 index = torch.arange(min(SAMPLES, config.val_images))
-                samples = to_levels(sample_data(ema, data, config, index, SAMPLE_STEPS))
-                save_grid(os.path.join(folder, "samples.png"), [data.batch("validation", index)[0], samples],
-                          data.captions("validation", index), f"{os.path.basename(out)}, budget {budget:g}: held-out image | "
-                          f"sample for its caption (EMA weights, {SAMPLE_STEPS} Heun steps, guidance 3)")
+                try:
+                    samples = data.to_levels(sample_data(ema, data, config, index, SAMPLE_STEPS))
+                    save_grid(os.path.join(folder, "samples.png"), [data.images("validation", index), samples],
+                              data.captions("validation", index), f"{os.path.basename(out)}, budget {budget:g}: held-out image | "
+                              f"sample for its caption (EMA weights, {SAMPLE_STEPS} Heun steps, guidance 3)")
+                except ValueError as problem:   # latents without their VAE: training needs it for this only
+                    bar.write(f"no samples.png: {problem}")
                 write_whole(os.path.join(folder, "ema.safetensors"), lambda path: save_file(ema.state_dict(), path, about))
                 write_whole(os.path.join(folder, "val_losses_ema.npy"), lambda path: save_array(path, ema_losses.numpy()))
             state["evaluation_seconds"] += time.monotonic() - clock
@@ -561,7 +529,8 @@ def train(model_config, data_config, config):
                 "budget": budget, "count": config.count, "C": step * step_flops, "C_6nd": images * model.flops_per_image("6nd"),
                 "D": images * sum(tokens.values()), **{f"D_{kind}": images * count for kind, count in tokens.items()},
                 "D_text_real": words.item(), "images": images, "steps": step, "batch": config.batch,
-                "epochs": images / data.train_images if data.train_images else None,
+                "epochs": images / data.train_images if data.train_images else None,   # times each image was seen
+                "train_images": data.train_images, "images_repeated": max(0, images - data.train_images) if data.train_images else 0,
                 "train_loss": smooth.item(), "train_loss_plain": loss.item(), "val_loss": val_loss, "val_loss_se": val_loss_se,
                 "val_loss_ema": val_loss_ema, "val_loss_ema_se": val_loss_ema_se, "val_images": config.val_images,
                 "val_loss_ema_by_time": flow.loss_by_time(ema_losses, times),

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data
 import evaluate
 import train
 
@@ -60,8 +61,8 @@ def test_the_same_protocol_gives_the_trainers_own_number(trained):
 
 def test_levels_are_the_inverse_of_data():
     k = torch.arange(256)
-    assert torch.equal(train.to_levels(train.to_data(k, torch.rand(256))), k.byte())
-    assert train.to_levels(torch.tensor([-1.4, 1.7])).tolist() == [0, 255]
+    assert torch.equal(data.to_levels(data.to_data(k, torch.rand(256))), k.byte())
+    assert data.to_levels(torch.tensor([-1.4, 1.7])).tolist() == [0, 255]
 
 
 def test_numbers_of_other_weights_are_not_taken_for_these(trained, tmp_path):

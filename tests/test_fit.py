@@ -677,3 +677,11 @@ def test_a_plan_leaves_the_law_of_the_results_alone(tmp_path, monkeypatch, capsy
     before = {file: file.read_bytes() for file in (root / "law").iterdir()}
     assert fit.main([str(root), "--plan", "1e13", "--reference", "paper", "--bootstrap", "50"]) == 0
     assert before == {file: file.read_bytes() for file in (root / "law").iterdir()} and (tmp_path / "law" / "law.md").exists()
+
+
+def test_repeated_images_are_a_warning():
+    for most, said in ((0.9, False), (3.4, True)):
+        records = grid(BUDGETS)
+        last = max(record["D"] for record in records)
+        law = fit.fit([{**record, "epochs": most * record["D"] / last} for record in records], resamples=10)
+        assert any("saw each image up to 3.4 times; the paper saw each once" in w for w in law["warnings"]) == said
