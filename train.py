@@ -304,6 +304,9 @@ def check_earlier_run(out, definition, runtime=None):
             saved = json.load(file)
         saved_runtime = dict(saved.pop("runtime"))
         saved["data"] = {**dataclasses.asdict(DataConfig()), **saved["data"]}   # what an earlier version did not know meant the default
+        definition = {**definition, "train": dict(definition["train"])}
+        for settings in (saved["train"], definition["train"]):
+            settings["val_images"] = settings["val_images"] or VALIDATION_IMAGES   # what it means when it is not given
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: torn, or not a configuration of isoflow: move it away or take another --out") from None
     if differs := differences(saved, definition):
