@@ -16,7 +16,7 @@ import re
 import sys
 import textwrap
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Optional
 
 import numpy as np
 import torch
@@ -30,12 +30,14 @@ class DataConfig:
     resolution: int = field(default=16, metadata={"help": "side of the square images, in pixels"})
     captions: Literal["dense", "sparse"] = field(default="dense", metadata={
         "help": "of scenes: dense names every shape, sparse only the largest"})
+    images: Optional[int] = field(default=None, metadata={
+        "help": "train on only so many images, again and again (default: all there are; scenes are endless)"})
     text_tokens: int = field(default=16, metadata={"help": "caption slots S; longer captions are cut, shorter masked"})
     text_dim: int = field(default=64, metadata={"help": "features F of a word in the hash encoder"})
 
     def __post_init__(self):
-        for name in ("resolution", "text_tokens", "text_dim"):
-            if getattr(self, name) < 1:
+        for name in ("resolution", "images", "text_tokens", "text_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
@@ -129,7 +131,7 @@ class Scenes:
 
     def __init__(self, config, seed=0, device="cpu"):
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.train_images = self.validation_images = None  # endless
+        self.train_images, self.validation_images = config.images, None  # None: endless
         self.block, self.drawn = None, None
         ood = config.data == "scenes-ood"
         self.counts = quantiles([1, 2, 5] if ood else [1, 1, 1]).to(device) + 1
@@ -150,7 +152,11 @@ class Scenes:
                     text_tokens=self.config.text_tokens, text_dim=self.config.text_dim)
 
     def describe(self, split, index):
-        """All attributes of the scenes `index` (B,), each (B,) or (B, shapes); shapes sorted from large to small."""
+        """All attributes of the scenes `index` (B,), each (B,) or (B, shapes); shapes sorted from large to small.
+
+        Where --images limits them, every epoch has the same order, which is as random as the scenes are.
+        """
+        index = index % self.train_images if self.train_images and split == "train" else index
         seed, index = (0, index + VALIDATION_START) if split == "validation" else (self.seed, index)
         per_shape = 10
         bits = random_bits(seed, index.to(self.device), 3 + MAX_SHAPES * per_shape)               # (B, draws)
@@ -313,6 +319,12 @@ class Images:
             if not self.texts[split]:
                 raise ValueError(f"--data {path}: no image to use for {split}")
             self.ids[split] = self.text.encode(self.texts[split])
+        if config.images:  # the same ones for every seed, and the fewer among the more
+            if config.images > len(self.texts["train"]):
+                raise ValueError(f"--images {config.images}: {path} has only {len(self.texts['train'])} to train on")
+            kept = torch.randperm(len(self.texts["train"]), generator=torch.Generator().manual_seed(0))[:config.images]
+            self.pixels["train"], self.ids["train"] = self.pixels["train"][kept], self.ids["train"][kept]
+            self.texts["train"] = [self.texts["train"][row] for row in kept.tolist()]
         self.train_images, self.validation_images = len(self.texts["train"]), len(self.texts["validation"])
         self.epoch, self.order = None, None
 

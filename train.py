@@ -561,7 +561,7 @@ def train(model_config, data_config, config):
                 "budget": budget, "count": config.count, "C": step * step_flops, "C_6nd": images * model.flops_per_image("6nd"),
                 "D": images * sum(tokens.values()), **{f"D_{kind}": images * count for kind, count in tokens.items()},
                 "D_text_real": words.item(), "images": images, "steps": step, "batch": config.batch,
-                "epochs": images / data.train_images if data.train_images else None,
+                "epochs": images / data.train_images if data.train_images else None, "train_images": data.train_images,
                 "train_loss": smooth.item(), "train_loss_plain": loss.item(), "val_loss": val_loss, "val_loss_se": val_loss_se,
                 "val_loss_ema": val_loss_ema, "val_loss_ema_se": val_loss_ema_se, "val_images": config.val_images,
                 "val_loss_ema_by_time": flow.loss_by_time(ema_losses, times),
