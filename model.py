@@ -115,7 +115,7 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """What lies before and after `attend`. cross: only the queries are of the tokens, keys and values are of the text."""
+    """The layers before and after `attend`. cross: only queries are made of the tokens; keys and values are of the text."""
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -140,7 +140,7 @@ class Attention(nn.Module):
             (q,), (k, v) = split(self.q(tokens), 1), split(self.kv(text), 2)
         return self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v  # norms run in float32 under autocast
 
-    def forward(self, tokens, mask, text=None):
+    def forward(self, tokens, text, mask):
         return self.out(attend(*self.heads(tokens, text), mask))                     # (B, T, W)
 
 
@@ -180,10 +180,11 @@ def gated(branch, gate):
 class Block(nn.Module):
     """A stream of tokens through attention and MLP, each behind a norm and added to the stream.
 
-    incontext: that is all. cross: in between the stream attends to the text (no norm and no gate there, as in PixArt), and
-    a table (6, W) is what is the block's own in its modulation (adaLN-single). mmdit: its modulation is a layer of its own,
-    and the attention is done by JointBlock, between `self.heads` and `self.add`. last_text: nothing reads the text after the
-    last layer, so there its stream ends in heads (as in SD3, which computes the unused queries too).
+    incontext: that is all. cross: in between, the stream attends to the text (without norm or gate, as in PixArt), and what is
+    the block's own in its modulation is a table (6, W) (adaLN-single). mmdit: a linear layer of its own makes the modulation,
+    and JointBlock attends, between `heads` and `add`. last_text: nothing reads the text after the last layer, so there its
+    stream ends in heads (as in SD3, which computes the queries too and leaves them).
+    A modulation m is (shift1, scale1, gate1, shift2, scale2, gate2), each (B, 1, W), or None without adaLN.
     """
 
     def __init__(self, config, last_text=False):
@@ -201,19 +202,20 @@ class Block(nn.Module):
         if last_text:
             self.attention.out = self.norm2 = self.mlp = None
 
-    def heads(self, tokens, shift=None, scale=None):
-        return self.attention.heads(self.norm1(tokens, shift, scale))
+    def heads(self, tokens, m):
+        return self.attention.heads(self.norm1(tokens, *m[:2]))
 
-    def add(self, tokens, attended, gate1=None, shift2=None, scale2=None, gate2=None, text=None, text_mask=None):
+    def add(self, tokens, attended, m, text=None, text_mask=None):
+        _, _, gate1, shift2, scale2, gate2 = m
         tokens = tokens + gated(self.attention.out(attended), gate1)
         if text is not None:
-            tokens = tokens + self.cross_attention(tokens, text_mask, text)
+            tokens = tokens + self.cross_attention(tokens, text, text_mask)
         return tokens + gated(self.mlp(self.norm2(tokens, shift2, scale2)), gate2)
 
     def forward(self, tokens, mask=None, c=None, text=None, text_mask=None):
-        """tokens (B, T, W) -> the same. For cross: c (6, B, 1, W), of all blocks alike, text (B, S, W), text_mask (B, 1, 1, S)."""
-        shift1, scale1, gate1, *rest = (None,) * 6 if c is None else c + self.table[:, None, None]
-        return self.add(tokens, attend(*self.heads(tokens, shift1, scale1), mask), gate1, *rest, text, text_mask)
+        """tokens (B, T, W) -> the same. cross: c (6, B, 1, W), the same for all blocks, text (B, S, W), text_mask (B, 1, 1, S)."""
+        m = 6 * (None,) if c is None else c + self.table[:, None, None]
+        return self.add(tokens, attend(*self.heads(tokens, m), mask), m, text, text_mask)
 
 
 class JointBlock(nn.Module):
@@ -225,12 +227,11 @@ class JointBlock(nn.Module):
 
     def forward(self, image, text, mask, c):
         """image (B, T_image, W), text (B, S, W), mask (B, 1, 1, T_image + S), c (B, W) -> image, text."""
-        modulations = [self.image.modulation(c), self.text.modulation(c)]
-        parts = [self.image.heads(image, *modulations[0][:2]), self.text.heads(text, *modulations[1][:2])]
-        attended = attend(*(torch.cat(pair, dim=2) for pair in zip(*parts)), mask)
+        m_image, m_text = self.image.modulation(c), self.text.modulation(c)
+        parts = self.image.heads(image, m_image), self.text.heads(text, m_text)
+        attended = attend(*(torch.cat(pair, dim=2) for pair in zip(*parts)), mask)               # (B, T_image + S, W)
         of_image, of_text = attended.split([image.shape[1], text.shape[1]], dim=1)
-        return (self.image.add(image, of_image, *modulations[0][2:]),
-                text if self.last else self.text.add(text, of_text, *modulations[1][2:]))
+        return self.image.add(image, of_image, m_image), text if self.last else self.text.add(text, of_text, m_text)
 
 
 class DiT(nn.Module):

@@ -130,11 +130,12 @@ def test_it_starts_at_the_expected_loss(arch):
     assert loss == pytest.approx(1.25, rel=0.03) and loss == pytest.approx(flow.expected_start_loss(0.5 * x).item(), rel=0.03)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_parameter_is_trained(arch):
+def test_every_parameter_is_trained(arch, bfloat16):
     """All have a gradient (else DistributedDataParallel waits for it in vain), and it is zero only where SD3's is too."""
     model = awake(DiT(ModelConfig(arch)))
-    with torch.autocast("cpu", torch.bfloat16, enabled=arch == "cross"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         model(*inputs(model)).square().mean().backward()
     idle = [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
     assert idle == (["blocks.1.text.attention.q_norm.weight"] if arch == "mmdit" else [])

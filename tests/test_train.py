@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import flow
 import train
 from data import DataConfig, load_data
 from model import DiT, ModelConfig
@@ -126,6 +127,26 @@ def test_world_size_does_not_matter(tmp_path, processes):
     for key in ("val_loss", "val_loss_ema", "train_loss", "start_loss", "start_loss_expected"):
         assert r[key] == pytest.approx(s[key], rel=1e-5)
     assert r["D_text_real"] == s["D_text_real"] and s["devices"] == processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["incontext", "cross", "mmdit"])
+def test_captions_are_followed(tmp_path, arch):
+    """Half a minute of training on one core: with the caption of another image the validation loss is higher by far more than 10 standard errors."""
+    config = train.TrainConfig(budget=[1.28e11], val_images=1024, threads=1, device="cpu", out=str(tmp_path))
+    model_config, data_config = ModelConfig(arch, depth=2, width=32), DataConfig()
+    (record,) = train.train(model_config, data_config, config)
+    model, data = DiT(model_config, **load_data(data_config).shape), load_data(data_config)
+    model.load_state_dict(load_file(tmp_path / f"budget_{1.28e11:.4g}" / "ema.safetensors"))
+    worse = []
+    for _, (x, eps, t, text, mask) in train.validation_batches(data, 1024):
+        with torch.no_grad():
+            worse.append(flow.loss_per_image(model, x, eps, t, text.roll(1, 0), mask.roll(1, 0)) - flow.loss_per_image(model, x, eps, t, text, mask))
+    mean, error = flow.mean_and_standard_error(torch.cat(worse))
+    print(f"{arch}: start {record['start_loss']:.4f} (expected {record['start_loss_expected']:.4f}), train {record['train_loss']:.4f}, validation "
+          f"{record['val_loss_ema']:.4f}, {record['seconds']:.0f} s; captions shuffled: +{mean:.4f} +- {error:.4f}")
+    assert record["start_loss"] == pytest.approx(record["start_loss_expected"], rel=0.05)
+    assert record["val_loss_ema"] < 0.4 and mean > 10 * error
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
