@@ -35,9 +35,10 @@ from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family, parse_f
 # paper, its own law; quick, that of the sweep before results/quick (which then measured 0.022 and 0.523).
 EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.029, 0.512)}
 BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [6.4e10, 1.28e11, 2.56e11, 5.12e11, 1.024e12, 2.048e12]}
-WINDOW = 6.5  # by default a size is read where it is within this factor of the expected optimum, twice that where little is known of it
+WINDOW = 6.5  # a size is read where it is within this factor of the expected optimum, or twice that where little is known of it
 SEED_REPEATS = {(2, 40): [1]}  # the quick grid measures its own seed noise on the size in the middle
-NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads", "allow_drift")  # a sweep sets them, or they change no law
+# Not for --vary: what a sweep itself sets for each run, and what changes no law.
+NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads", "allow_drift")
 H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
 
 
@@ -146,7 +147,7 @@ def plan(sweep, flags):
         with torch.device("meta"):
             models = {arch: DiT(dataclasses.replace(model_config, arch=arch), **shape) for arch in {model_config.arch, "incontext"}}
         N, model, steps = {arch: one.count_parameters()["blocks"] for arch, one in models.items()}, models[model_config.arch], {}
-        as_measured = model_config.arch == "incontext" and shape["size"] == FAMILY_INPUT[sweep.preset]["size"] and not data_config.images
+        as_measured = (model_config.arch, shape["size"], data_config.images) == ("incontext", FAMILY_INPUT[sweep.preset]["size"], None)
         window = sweep.window or (WINDOW if as_measured else 2 * WINDOW)
         for budget in budgets:
             optimum = coefficient * budget ** exponent
@@ -359,7 +360,8 @@ def varied(sweep, flags):
     """--vary KEY=A,B,... -> (SweepConfig, flags) of the grid of each value. Raises ValueError for what can't be varied."""
     key, _, values = sweep.vary.partition("=")
     values = values.split(",")
-    known = [f.name for config in (ModelConfig, DataConfig, train.TrainConfig) for f in dataclasses.fields(config) if f.name not in NOT_VARIED]
+    fields = [f.name for config in (ModelConfig, DataConfig, train.TrainConfig) for f in dataclasses.fields(config)]
+    known = [name for name in fields if name not in NOT_VARIED]
     if key not in known:
         raise ValueError(f"--vary {sweep.vary}: {key or 'nothing'} can't be varied, these can: {', '.join(known)}")
     folders = [re.sub(r"[^\w.+-]+", "-", f"{key}_{value}") for value in values]   # names that no shell stumbles over
@@ -368,7 +370,8 @@ def varied(sweep, flags):
     if given(flags, key) is not None or key == "aspect" and (sweep.depth or sweep.width):
         raise ValueError(f"--vary {key}: gives its own --{key} to each grid" + ", and its own depths and widths" * (key == "aspect"))
     out = sweep.out or f"results/my-{key}"
-    window = sweep.window or (2 * WINDOW if key in ("arch", "resolution", "images") else None)   # one for all, to compare like with like
+    # One window for all values, to compare like with like: the wider where some of them need it.
+    window = sweep.window or (2 * WINDOW if key in ("arch", "resolution", "images") else None)
     return [(dataclasses.replace(sweep, vary=None, out=os.path.join(out, folder), window=window),
              [*flags, *([] if (key, value) == ("images", "all") else [f"--{key}={value}"])]) for folder, value in zip(folders, values)]
 

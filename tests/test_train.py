@@ -112,17 +112,18 @@ def test_kill_9_changes_no_result(tmp_path):
     assert [json.loads(line)["step"] for line in open(tmp_path / "killed" / "log.jsonl")] == list(range(5, 801, 5))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_world_size_does_not_matter(tmp_path, processes):
+@pytest.mark.parametrize("processes, arch", [(2, "incontext"), (2, "cross"), (4, "mmdit")])
+def test_world_size_does_not_matter(tmp_path, processes, arch):
     script = tmp_path / "run.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n"
                       f"train.MIN_STEPS, train.MIN_WARMUPS = 1, 0\ntrain.main()\n")
-    one = run(tmp_path / "one", 20, flags=LARGER)
+    one = run(tmp_path / "one", 20, flags=[*LARGER, "--arch", arch])
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *TINY,
-                    "--out", tmp_path / "many", *LARGER], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+                    "--out", tmp_path / "many", *LARGER, "--arch", arch], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (one, tmp_path / "many"))
     difference = sum((a[name] - b[name]).square().sum() for name in a).sqrt() / sum(a[name].square().sum() for name in a).sqrt()
-    assert difference <= 1e-6
+    # Behind gates that start at zero the first gradients are tiny, and Adam enlarges their rounding with them.
+    assert difference <= (1e-6 if arch == "incontext" else 5e-6)
     r, s = (json.loads((folder / f"budget_{20 * LARGER_STEP:.4g}" / "result.json").read_text()) for folder in (one, tmp_path / "many"))
     for key in ("val_loss", "val_loss_ema", "train_loss", "start_loss", "start_loss_expected"):
         assert r[key] == pytest.approx(s[key], rel=1e-5)
