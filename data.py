@@ -44,6 +44,8 @@ class DataConfig:
     resolution: int = field(default=16, metadata={"help": "side of the square images, in pixels"})
     captions: Literal["dense", "sparse"] = field(default="dense", metadata={
         "help": "of scenes: dense names every shape, sparse only the largest"})
+    images: Optional[int] = field(default=None, metadata={
+        "help": "train on only so many images, again and again (default: all there are; scenes are endless)"})
     text: str = field(default="hash", metadata={
         "help": "text encoder: hash (nothing to download), clip or t5, or clip:NAME_OR_FOLDER, t5:NAME_OR_FOLDER"})
     text_tokens: Optional[int] = field(default=None, metadata={
@@ -73,7 +75,7 @@ class DataConfig:
             put("text_tokens", 16 if kind == "hash" else 77)
         if self.text_dim is None and kind == "hash":
             put("text_dim", 64)
-        for name in ("resolution", "text_tokens", "text_dim", "take"):
+        for name in ("resolution", "images", "text_tokens", "text_dim", "take"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         foreign = [flag for flag in ("text", "flip", "stream", "take") if getattr(self, flag) not in ("hash", False, None)]
@@ -258,7 +260,7 @@ class Scenes(Pixels):
 
     def __init__(self, config, seed=0, device="cpu"):
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.train_images = self.validation_images = None  # endless
+        self.train_images, self.validation_images = config.images, None  # None: endless
         self.block, self.drawn = None, None
         ood = config.data == "scenes-ood"
         self.counts = quantiles([1, 2, 5] if ood else [1, 1, 1]).to(device) + 1
@@ -279,7 +281,11 @@ class Scenes(Pixels):
                     text_tokens=self.config.text_tokens, text_dim=self.config.text_dim)
 
     def describe(self, split, index):
-        """All attributes of the scenes `index` (B,), each (B,) or (B, shapes); shapes sorted from large to small."""
+        """All attributes of the scenes `index` (B,), each (B,) or (B, shapes); shapes sorted from large to small.
+
+        Where --images limits them, every epoch has the same order, which is as random as the scenes are.
+        """
+        index = index % self.train_images if self.train_images and split == "train" else index
         seed, index = (0, index + VALIDATION_START) if split == "validation" else (self.seed, index)
         per_shape = 10
         bits = random_bits(seed, index.to(self.device), 3 + MAX_SHAPES * per_shape)               # (B, draws)
@@ -546,7 +552,12 @@ class Ordered:
     which of its captions it has, and whether it is mirrored, is a function of (seed, i). Validation is always as it is."""
 
     def set_sizes(self, train, validation):
-        self.train_images, self.validation_images = train, validation
+        wanted = self.config.images
+        if wanted and wanted > train:
+            raise ValueError(f"--images {wanted}: {self.config.data} has only {train} to train on")
+        # Of all only `wanted`: the same ones for every seed, and the fewer among the more.
+        self.kept = torch.randperm(train, generator=torch.Generator().manual_seed(0))[:wanted] if wanted else None
+        self.train_images, self.validation_images = wanted or train, validation
         self.epoch, self.order = None, None
         if validation < 2:
             raise ValueError(f"--data {self.config.data}: {validation} images to validate on, too few: see --validation_split")
@@ -565,7 +576,7 @@ class Ordered:
                 self.epoch, self.order = epoch, torch.randperm(n, generator=generator)
             here = index // n == epoch
             rows[here] = self.order[index[here] % n]
-        return rows
+        return rows if self.kept is None else self.kept[rows]
 
     def picks(self, split, index, counts):
         """Which of its `counts` (B,) captions each sample has, and whether it is mirrored: (B,) int64, (B,) bool."""

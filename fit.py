@@ -4,7 +4,7 @@
     python fit.py results/a results/b --out law      several sweeps as one set of points
     python fit.py runs.csv                           anybody's runs: columns N, D, C, loss (also budget, run, seed)
     python fit.py results/quick --plan 8xH100:72h:0.4      what to train with that much compute
-    python fit.py results/a --compare results/b      which is better, from which budget on, and can the data tell
+    python fit.py results/a --compare results/b results/c  which is better, from which budget on, and can the data tell
     python fit.py --reference paper --plan 1.5e21    the same from the paper's own coefficients
 
 Read from top to bottom: read the points; a parabola of ln loss in ln N at every budget (its vertex is the best model for
@@ -137,7 +137,7 @@ def points(records, metric="val_loss_ema", n_kind="blocks"):
     Repeated seeds stay separate points: least squares then weighs a size by its number of runs, which is right while
     the noise is the seed's, and the resampling sees the seeds' spread. Raises BadInput or Refused, naming the source.
     """
-    for key in ("count", "arch", "data", "resolution", "captions"):
+    for key in ("count", "arch", "data", "resolution", "captions", "train_images"):
         values = sorted({str(r[key]) for r in records if key in r})
         if len(values) > 1:
             raise BadInput(f"one law needs one {key}, these records have {' and '.join(values)}")
@@ -886,13 +886,26 @@ def flops_per_second(P):
     return float(np.median(speeds)) if speeds else None
 
 
+def side_by_side(laws_):
+    """Laws by name -> a row for each: its exponents, and N* and loss at one C amid the data of all, each with its interval."""
+    C, rows = math.exp(np.mean([law["_"]["P"]["x0"] for law in laws_.values()])), []
+    for name, law in laws_.items():
+        drawn, base, x = law["_"]["draws"]["laws"], law["_"]["base"], math.log(C) - law["_"]["P"]["x0"]
+        rows.append({"results": name, **{f"exponent of {label}": {"value": float(base[k][0, 1]), "ci95": interval(drawn[k][:, 1])}
+                                         for k, label in (("N", "N*"), ("D", "D*"), ("L", "loss"))},
+                     **{f"{label} at C": {"value": float(at(base, k, x)[0]), "ci95": interval(at(drawn, k, x))}
+                        for k, label in (("N", "N*"), ("L", "loss"))}})
+    return {"C": C, "rows": rows}
+
+
 def compare(one, two, names, budgets):
     """Two laws side by side: differences with intervals, where the losses cross, how much compute B saves, the paper's reading.
 
     The two bootstraps are independent, so differences of their draws are a bootstrap of the difference.
     """
-    if not (one["N_opt"] and two["N_opt"]):
-        raise Refused("--compare needs the laws of N*, D* and loss on both sides")
+    for law, name in zip((one, two), names):
+        if not law["N_opt"]:
+            raise Refused(f"--compare needs the laws of N*, D* and loss on both sides, {name} has none: {law['reasons']['N_opt']}")
     x0 = [law["_"]["P"]["x0"] for law in (one, two)]
     m = min(len(law["_"]["draws"]["enough"]) for law in (one, two))
     both = [{k: np.vstack([law["_"]["base"][k], law["_"]["draws"]["laws"][k][:m]]) for k in "NDL"} for law in (one, two)]
@@ -920,7 +933,7 @@ def compare(one, two, names, budgets):
                        if ra.get(k) != rb.get(k)]
     # The paper: on the same data a better model has the smaller N exponent and the larger D exponent; better data do the
     # opposite; either makes the exponent of the loss more negative.
-    changed = [word for word, keys in (("the model", ["arch"]), ("the data", ["data", "captions"]))
+    changed = [word for word, keys in (("the model", ["arch"]), ("the data", ["data", "captions", "train_images"]))
                if any(ra.get(k) != rb.get(k) for k in keys)]
     better = {1: "A", -1: "B"}.get(steeper)
     out["reading"] = (f"By their records {' and '.join(changed) or 'neither model nor data'} changed from A to B. " +
@@ -1005,8 +1018,11 @@ def page(law, reference=False):
             ("Plan", plan_rows(law.get("plan")), ("what", "value")),
             ("The paper's own plan", plan_rows(law.get("paper_plan")), ("what", "value"))):
         out += [f"## {title}", "", *table(rows, *names)] if rows else []
-    c = law.get("comparison")
-    if c:
+    if "side_by_side" in law:
+        rows = law["side_by_side"]["rows"]
+        out += [f"## The laws side by side, at C = {show(law['side_by_side']['C'])}", "", *table(rows, *rows[0])]
+        out += [*(f"{name}: not compared, {reason}." for name, reason in law["not_compared"].items()), ""]
+    for c in law.get("comparisons", ()):
         out += [f"## A = {c['A']} against B = {c['B']}", "", *table(c["exponents"], "exponent of", "A", "B", "B-A"),
                 f"At C = {show(c['C'])}:", "", *table(c["levels"], "level of", "A", "B", "B/A"),
                 "The compute that A needs to reach B's loss at C, over C:", "", *table(c["multiplier"], "C", "value", "ci95"),
@@ -1177,6 +1193,34 @@ def draw_diagnostics(plt, law, file):
     save(figure, file)
 
 
+def draw_comparison(plt, laws_, file):
+    """compare.png: loss at N* over C, N* over C and, where images were repeated, the loss over epochs; a colour for each law."""
+    epochs = {name: np.median([r["D"] / r["epochs"] for r in law["_"]["P"]["records"] if r.get("epochs")] or [np.nan])
+              for name, law in laws_.items()}    # tokens of an epoch; nan where every image was new
+    panels = 2 + any(np.isfinite(list(epochs.values())))
+    figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 5.5), layout="constrained")
+    for (name, law), colour in zip(laws_.items(), plt.cm.tab10(np.arange(len(laws_)) % 10)):
+        P, v = law["_"]["P"], law["_"]["v"]
+        on = v["usable"][0]
+        C, grid = P["budgets"][on], np.geomspace(P["budgets"][on].min() / 1.2, P["budgets"][on].max() * 1.2, 40)
+        for ax, k in zip(axes, "LN"):
+            straight_ = law["loss"]["power"] if k == "L" else law["N_opt"]
+            band(ax, law, k, grid, colour, f"{name}: C^{straight_['exponent']:.3f} {show(straight_['ci95'])}")
+            ax.plot(C, np.exp(v[k][0, on]), "o", color=colour, ms=5)
+        if np.isfinite(epochs[name]):
+            axes[2].plot(np.exp(v["D"][0, on]) / epochs[name], np.exp(v["L"][0, on]), "o-", color=colour, ms=5, label=name)
+    for ax, title, label in zip(axes, ("How good: the loss at N*", "How large: N*", "How often was an image seen"), ("loss at N*", "N*, parameters", "loss at N*")):
+        ax.set(xscale="log", yscale="log", xlabel="C, training FLOPs", ylabel=label, title=title)
+        ax.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        ax.legend(fontsize=8)
+    loss_axis(axes[0].yaxis, *axes[0].get_ylim())
+    if panels == 3:
+        axes[2].set_xlabel("epochs at N*")
+        loss_axis(axes[2].yaxis, *axes[2].get_ylim())
+        loss_axis(axes[2].xaxis, *axes[2].get_xlim())
+    save(figure, file)
+
+
 def draw_curves(plt, law, file):
     """curves.png, why one run serves many budgets: the loss of every run over C, cut at the budgets, the best run marked."""
     P, logN = law["_"]["P"], np.log(law["_"]["P"]["N"])
@@ -1237,7 +1281,7 @@ def arguments(argv):
     p.add_argument("--seed", type=int, default=0, help="of the resampling")
     p.add_argument("--bootstrap", type=int, default=1000, metavar="R", help="number of resamples")
     p.add_argument("--plan", metavar="C", help="FLOPs (1.5e21) or devices:hours:MFU (8xH100:72h:0.4)")
-    p.add_argument("--compare", metavar="PATH", help="a second results directory or CSV")
+    p.add_argument("--compare", metavar="PATH", nargs="+", help="other results directories or CSV files, each compared with the first")
     p.add_argument("--reference", choices=("paper",), help="draw and print the paper's laws beside ours")
 
     def complain(message):
@@ -1248,6 +1292,12 @@ def arguments(argv):
     if args.bootstrap < 20 or args.seed < 0:
         raise BadInput(f"--bootstrap {args.bootstrap} --seed {args.seed}: an interval needs 20 resamples, a seed is not negative")
     return args
+
+
+def short_names(paths):
+    """The last part of each path, or the whole paths where two have the same."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
 
 
 def run(args):
@@ -1278,10 +1328,20 @@ def run(args):
         beyond = law["plan"]["times_beyond_the_data"]
         law["warnings"].append(f"the plan EXTRAPOLATES {beyond:.3g} TIMES BEYOND THE LARGEST BUDGET MEASURED")
     if args.compare:
-        second = fit(read([args.compare]), args.metric, args.n, args.bootstrap, args.seed + 1, bar=True)
-        ends = [one["_"]["P"]["budgets"][[0, -1]] for one in (law, second)]
-        law["comparison"] = compare(law, second, (str(first), args.compare), [
-            *np.geomspace(max(e[0] for e in ends), min(e[1] for e in ends), 3), *([law["plan"]["C"]] if args.plan else [])])
+        law["comparisons"], law["not_compared"], short = [], {}, short_names([str(first), *args.compare])
+        laws_ = {short[0]: law}
+        for k, (path, name) in enumerate(zip(args.compare, short[1:]), 1):
+            try:
+                other = fit(read([path]), args.metric, args.n, args.bootstrap, args.seed + k, bar=True)
+                ends = [one["_"]["P"]["budgets"][[0, -1]] for one in (law, other)]
+                law["comparisons"].append(compare(law, other, (str(first), path), [
+                    *np.geomspace(max(e[0] for e in ends), min(e[1] for e in ends), 3), *([law["plan"]["C"]] if args.plan else [])]))
+                laws_[name] = other
+            except Refused as e:  # the others can still be compared
+                law["not_compared"][name] = str(e)
+        if len(laws_) == 1:
+            raise Refused("; ".join(f"{name}: {reason}" for name, reason in law["not_compared"].items()))
+        law["side_by_side"] = side_by_side(laws_)
     plain = first.is_dir() and not (args.plan or args.compare or args.reference)  # a question asked of a law leaves it alone
     out, text = args.out or (first / "law" if plain else Path("law")), page(law, bool(args.reference))
     import matplotlib
@@ -1293,11 +1353,12 @@ def run(args):
     draw_curves(plt, law, out / "curves.png")
     drawn = any("refused" not in m for m in law["metrics"].values())
     draw_metrics(plt, law, out / "metrics.png") if drawn else (out / "metrics.png").unlink(missing_ok=True)  # none of an older law
+    draw_comparison(plt, laws_, out / "compare.png") if args.compare else (out / "compare.png").unlink(missing_ok=True)
     numbers = json.dumps({k: x for k, x in law.items() if k != "_"}, indent=1, allow_nan=False)
     for name, content in (("law.md", text), ("law.json", numbers + "\n")):
         (out / f"{name}.tmp").write_text(content)
         os.replace(out / f"{name}.tmp", out / name)
-    print(f"{text}\n{out}: law.md law.json law.png law_diagnostics.png curves.png{' metrics.png' * drawn}")
+    print(f"{text}\n{out}: law.md law.json law.png law_diagnostics.png curves.png{' metrics.png' * drawn}{' compare.png' * bool(args.compare)}")
 
 
 def main(argv=None):

@@ -4,13 +4,18 @@
     python sweep.py --dry-run              what it would do: models, steps, FLOPs, time
     python sweep.py --preset paper --dry-run
     python sweep.py --data PATH --out results/mine --budget 1e11 1e12 --width 16 32 64
+    python sweep.py --vary arch=incontext,cross,mmdit       an experiment: a grid for each value, and their laws compared
 
 Any flag of train.py can be given, and goes to every run. A sweep is nothing more than those commands: one run
-per model and seed, each to the last budget at which its size is useful, then `fit.py` on the results.
+per model and seed, each to the last budget at which its size is useful, then `fit.py` on the results. --vary takes any of
+those flags: captions=dense,sparse, lr=0.003,0.006,0.012, resolution=16,32, t_sampling=logit_normal,uniform, aspect=8,16,32
+(depth against width at the same N) and images=1000,10000,all (so many training images, seen again and again).
 """
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,13 +29,16 @@ from tqdm import tqdm
 import flow
 import train
 from data import DataConfig, input_shape, load_data, read_stats
-from model import FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
+from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
 
 # Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
 # paper, its own law; quick, that of the sweep before results/quick (which then measured 0.022 and 0.523).
 EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.029, 0.512)}
 BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [6.4e10, 1.28e11, 2.56e11, 5.12e11, 1.024e12, 2.048e12]}
+WINDOW = 6.5  # a size is read where it is within this factor of the expected optimum, or twice that where little is known of it
 SEED_REPEATS = {(2, 40): [1]}  # the quick grid measures its own seed noise on the size in the middle
+# Not for --vary: what a sweep itself sets for each run, and what changes no law.
+NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads", "allow_drift")
 H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
 
 
@@ -43,15 +51,18 @@ class SweepConfig:
     width: Optional[List[int]] = field(default=None, metadata={"help": "widths (default: aspect * depth, or the preset's sizes)"})
     seeds: Optional[List[int]] = field(default=None, metadata={
         "help": "each size is run with each of these seeds (default: 0, and in the quick grid the middle size also with 1)"})
-    window: float = field(default=6.5, metadata={
-        "help": "read a size only at the budgets whose expected optimum is within this factor of it"})
+    window: Optional[float] = field(default=None, metadata={
+        "help": "read a size only at the budgets whose expected optimum is within this factor of it (default: 6.5, and 13 where "
+                "--arch, --resolution or --images are others than those that it was measured with)"})
+    vary: Optional[str] = field(default=None, metadata={
+        "help": "KEY=A,B[,C]: a grid for each value of a flag of train.py, in OUT/KEY_A and so on, and a comparison in OUT/law"})
     jobs: Optional[int] = field(default=None, metadata={"help": "runs side by side (default: one a CPU core, or one a GPU)"})
     dry_run: bool = field(default=False, metadata={"help": "print the grid and the total, and stop"})
 
     def __post_init__(self):
         if self.budget is not None and any(b >= c for b, c in zip(self.budget, self.budget[1:])):
             raise ValueError(f"--budget {' '.join(f'{b:g}' for b in self.budget)}: budgets must rise")
-        if self.window <= 1:
+        if self.window is not None and self.window <= 1:
             raise ValueError(f"--window {self.window:g}: must be above 1")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"--jobs {self.jobs}: must be at least 1")
@@ -78,11 +89,31 @@ class Run:
     status: str = "waiting"
 
 
+def given(flags, name):
+    """The value that a flag of train.py has on the command line, a string; None where it is not there."""
+    for flag, following in zip(flags, [*flags[1:], ""]):
+        if flag == f"--{name}" or flag.startswith(f"--{name}="):
+            return following if flag == f"--{name}" else flag.split("=", 1)[1]
+
+
+def reshaped(sizes, aspect, head_dim):
+    """The sizes with width near aspect * depth at the N that they have: depth * width^2 stays, as nearly as heads allow."""
+    found, step = [], math.lcm(4, head_dim)
+    for depth, width in sizes:
+        volume = depth * width ** 2
+        shapes = [(d, step * max(1, round(math.sqrt(volume / d) / step))) for d in range(1, 129)]
+        found.append(min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] / aspect))
+                         + 2 * abs(math.log(shape[0] * shape[1] ** 2 / volume))))
+    return list(dict.fromkeys(found))
+
+
 def plan(sweep, flags):
     """The runs of a sweep, and the cells that are left out with the reason. Raises ValueError for what can't be run.
 
     A size is read at the budgets whose expected optimum is within a factor `window` of its N, so it is trained to the last
-    of them and no further; all others come free, because they are on the way. A cell of too few steps is left out.
+    of them and no further; all others come free, because they are on the way. A cell of too few steps is left out. The
+    optimum is one of incontext models: of another arch a size is judged by the N of the incontext model of its depth and
+    width, which costs about as much, and the window is wider.
     """
     budgets = sweep.budget or BUDGETS[sweep.preset]
     if sweep.width:
@@ -90,11 +121,16 @@ def plan(sweep, flags):
         sizes = list(zip(depths * len(sweep.width) if len(depths) == 1 else depths, sweep.width))
     else:
         sizes = [(depth, None) for depth in sweep.depth] if sweep.depth else family(sweep.preset)
+        if (aspect := given(flags, "aspect")) and not sweep.depth:
+            head_dim = given(flags, "head_dim") or FAMILY_CONFIG[sweep.preset].get("head_dim", ModelConfig.head_dim)
+            if not (aspect.isdigit() and str(head_dim).isdigit() and int(aspect) and int(head_dim)):
+                raise ValueError(f"--aspect {aspect} --head_dim {head_dim}: must be whole numbers above 0")
+            sizes = reshaped(sizes, int(aspect), int(head_dim))
     grid = [(*size, seed, budgets) for size in sizes for seed in sweep.seeds or [0]]
     if sweep.preset == "quick" and not (sweep.budget or sweep.depth or sweep.width or sweep.seeds):
-        grid += [(*size, seed, budgets) for size, seeds in SEED_REPEATS.items() for seed in seeds]
-    has_data = any(flag == "--data" or flag.startswith("--data=") for flag in flags)
-    if any(flag.split("=")[0] == "--seed" for flag in flags):
+        grid += [(*size, seed, budgets) for size, seeds in SEED_REPEATS.items() if size in sizes for seed in seeds]
+    has_data = given(flags, "data") is not None
+    if given(flags, "seed") is not None:
         raise ValueError("--seed is a flag of one run: give the seeds of a sweep as --seeds")
     if sweep.preset == "paper" and not has_data and not sweep.dry_run:
         raise ValueError("--preset paper is the grid of a cluster, for prepared images: give them as --data, or look at it with --dry-run")
@@ -107,11 +143,13 @@ def plan(sweep, flags):
         model_config, data_config, config = configs
         shape = FAMILY_INPUT["paper"] if sweep.preset == "paper" and not has_data else input_shape(data_config)
         with torch.device("meta"):
-            model = DiT(model_config, **shape)
-        N, steps = model.count_parameters()["blocks"], {}
+            models = {arch: DiT(dataclasses.replace(model_config, arch=arch), **shape) for arch in {model_config.arch, "incontext"}}
+        N, model, steps = {arch: one.count_parameters()["blocks"] for arch, one in models.items()}, models[model_config.arch], {}
+        as_measured = (model_config.arch, shape["size"], data_config.images) == ("incontext", FAMILY_INPUT[sweep.preset]["size"], None)
+        window = sweep.window or (WINDOW if as_measured else 2 * WINDOW)
         for budget in budgets:
             optimum = coefficient * budget ** exponent
-            if not optimum / sweep.window <= N <= optimum * sweep.window:
+            if not optimum / window <= N["incontext"] <= optimum * window:
                 left_out.append((model_config, budget, f"the optimum is near {optimum:.2g} parameters"))
                 continue
             try:
@@ -123,7 +161,7 @@ def plan(sweep, flags):
         name = train.run_name(model_config, seed)
         folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
         arguments = arguments[:arguments.index("--budget")] + ["--budget", *map(repr, steps), "--out", folder]
-        runs.append(Run(name, folder, arguments, configs, N, steps, config.batch * model.flops_per_image(),
+        runs.append(Run(name, folder, arguments, configs, N[model_config.arch], steps, config.batch * model.flops_per_image(),
                         sum(model.tokens().values()), shape))
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
@@ -314,16 +352,58 @@ def run_sweep(sweep, flags):
     if failed:
         print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders); "
               f"the same command tries them again. The law of the others:", file=sys.stderr)
-    fit = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fit.py"), out]
-    status = subprocess.call(fit + (["--metric", "train_loss"] if sweep.preset == "paper" else []))
+    status = call_fit(sweep, out)
     return 1 if failed else status
+
+
+def varied(sweep, flags):
+    """--vary KEY=A,B,... -> (SweepConfig, flags) of the grid of each value. Raises ValueError for what can't be varied."""
+    key, _, values = sweep.vary.partition("=")
+    values = values.split(",")
+    fields = [f.name for config in (ModelConfig, DataConfig, train.TrainConfig) for f in dataclasses.fields(config)]
+    known = [name for name in fields if name not in NOT_VARIED]
+    if key not in known:
+        raise ValueError(f"--vary {sweep.vary}: {key or 'nothing'} can't be varied, these can: {', '.join(known)}")
+    folders = [re.sub(r"[^\w.+-]+", "-", f"{key}_{value}") for value in values]   # names that no shell stumbles over
+    if len(values) < 2 or "" in values or len(set(folders)) < len(folders):
+        raise ValueError(f"--vary {sweep.vary}: needs two or more different values, as in --vary lr=0.003,0.006")
+    if given(flags, key) is not None or key == "aspect" and (sweep.depth or sweep.width):
+        raise ValueError(f"--vary {key}: gives its own --{key} to each grid" + ", and its own depths and widths" * (key == "aspect"))
+    out = sweep.out or f"results/my-{key}"
+    # One window for all values, to compare like with like: the wider where some of them need it.
+    window = sweep.window or (2 * WINDOW if key in ("arch", "resolution", "images") else None)
+    return [(dataclasses.replace(sweep, vary=None, out=os.path.join(out, folder), window=window),
+             [*flags, *([] if (key, value) == ("images", "all") else [f"--{key}={value}"])]) for folder, value in zip(folders, values)]
+
+
+def run_varied(sweep, flags):
+    """A grid for each value of --vary, then their laws side by side; -> exit status: that of the comparison, or 1 where a run failed."""
+    grids = varied(sweep, flags)
+    for one, its_flags in grids:   # what is wrong with the last of them is better known before the first is trained
+        runs, _ = plan(one, its_flags)
+        if not sweep.dry_run:
+            load_data(runs[0].configs[1])
+    statuses = []
+    for one, its_flags in grids:
+        print(f"\n{one.out}: {its_flags[-1] if its_flags != flags else 'all images'}")
+        statuses.append(run_sweep(one, its_flags))
+    if sweep.dry_run:
+        return 0
+    folders = [one.out for one, _ in grids]
+    status = call_fit(sweep, folders[0], "--compare", *folders[1:], "--out", os.path.join(os.path.dirname(folders[0]), "law"))
+    return 1 if 1 in statuses else status
+
+
+def call_fit(sweep, *arguments):
+    metric = ["--metric", "train_loss"] if sweep.preset == "paper" else []
+    return subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fit.py"), *arguments, *metric])
 
 
 def main():
     sweep, flags = parse_flags((SweepConfig,), __doc__, rest=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended too
     try:
-        sys.exit(run_sweep(sweep, flags))
+        sys.exit((run_varied if sweep.vary else run_sweep)(sweep, flags))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"sweep.py: {train.one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -80,6 +80,18 @@ def test_sparse_names_one_shape_of_the_same_images():
         assert one and "," not in one and f": {one}" in many
 
 
+def test_limited_scenes_come_again_and_again():
+    few, all_ = Scenes(DataConfig(images=100), seed=1), Scenes(DataConfig(), seed=1)
+    index = torch.arange(90, 110)
+    images, text, mask = few.batch("train", index)
+    again = all_.batch("train", index % 100)
+    assert torch.equal(images, again[0]) and torch.equal(text, again[1]) and torch.equal(mask, again[2])
+    assert few.captions("train", index) == all_.captions("train", index % 100) and few.train_images == 100
+    assert torch.equal(few.batch("validation", index)[0], all_.batch("validation", index)[0])   # those are never limited
+    with pytest.raises(ValueError, match="--images 0"):
+        DataConfig(images=0)
+
+
 @pytest.mark.parametrize("captions", ["dense", "sparse"])
 def test_features_of_scenes_are_those_of_their_captions(captions):
     """Scenes make their features from numbers; anybody can make the same from the string."""
@@ -156,6 +168,11 @@ def test_images_of_a_parquet_file(tmp_path):
     assert first.captions("train", epoch) != second.captions("train", epoch)
     across = torch.arange(n - 3, n + 3)                                           # a batch over the border of two epochs
     assert first.captions("train", across)[3:] == Images(DataConfig(data=path, resolution=8)).captions("train", across[3:])
+    few, more = (Images(DataConfig(data=path, resolution=8, images=n)) for n in (20, 40))
+    assert few.train_images == 20 and set(few.captions("train", torch.arange(20))) < set(more.captions("train", torch.arange(40))) < set(first.texts["train"])
+    assert few.texts["validation"] == first.texts["validation"]
+    with pytest.raises(ValueError, match="--images 1000: .* has only"):
+        Images(DataConfig(data=path, resolution=8, images=1000))
     images, text, mask = first.batch("train", torch.tensor([4, 5]))
     assert images.shape == (2, 3, 8, 8) and mask.sum().item() == 6
 

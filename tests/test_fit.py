@@ -657,7 +657,7 @@ def test_compare_finds_multiplier_crossing_and_what_cannot_be_told(tmp_path, cap
     sweep(tmp_path / "b", noise=0.001, g_shift=0.01, factor=crossing**0.01, data="better", budgets=tuple(np.geomspace(2e11, 8e12, 6)))
     sweep(tmp_path / "c", noise=0.001, factor=1.05)
     assert fit.main([str(tmp_path / "a"), "--compare", str(tmp_path / "b"), "--bootstrap", "200", "--out", str(tmp_path / "a" / "law")]) == 0
-    found = json.loads((tmp_path / "a" / "law" / "law.json").read_text())["comparison"]
+    found = json.loads((tmp_path / "a" / "law" / "law.json").read_text())["comparisons"][0]
     assert found["exponents"][2]["B-A"]["value"] == pytest.approx(-0.01, abs=2e-3)
     assert found["crossing"]["ci95"][0] < crossing < found["crossing"]["ci95"][1]
     assert found["crossing"]["value"] == pytest.approx(crossing, rel=0.3)
@@ -668,6 +668,27 @@ def test_compare_finds_multiplier_crossing_and_what_cannot_be_told(tmp_path, cap
     # a loss 5% higher at an exponent of 0.1 is what A has with 1.05^-10 of the compute
     assert same["multiplier"][0]["value"] == pytest.approx(1.05**-10, rel=0.02)
     assert same["crossing"]["value"] is None and "parallel" in same["crossing"]["reason"] and "cannot tell" in same["reading"]
+
+
+def test_several_laws_are_compared_in_one_table_and_one_picture(tmp_path, capsys):
+    """Each with the first; one that has no law is named with its reason, and only if none has one is all refused."""
+    for k, shift in zip("abc", (0, 0.01, 0.02)):
+        sweep(tmp_path / k, noise=0.001, g_shift=shift)
+    sweep(tmp_path / "few", noise=0.001, widths=(16, 24))
+    for record in (tmp_path / "c").rglob("result.json"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"epochs": 3.0, "train_images": 1000}))
+    out = tmp_path / "out"
+    assert fit.main([str(tmp_path / "a"), "--compare", *(str(tmp_path / k) for k in ("b", "few", "c")), "--bootstrap", "100", "--out", str(out)]) == 0
+    law, said = json.loads((out / "law.json").read_text()), capsys.readouterr().out
+    assert (out / "compare.png").stat().st_size > 10_000 and said.count("## A = ") == 2
+    assert "few: not compared" in said and "0 usable budgets of 7, a line needs 3" in said and "the data changed" in law["comparisons"][1]["reading"]
+    rows = {row["results"]: row["exponent of loss"]["value"] for row in law["side_by_side"]["rows"]}
+    assert list(rows) == ["a", "b", "c"] and rows["b"] - rows["a"] == pytest.approx(-0.01, abs=3e-3)
+    assert all(c["exponents"][2]["B"] == rows[Path(c["B"]).name] for c in law["comparisons"])
+    assert fit.main([str(tmp_path / "a"), "--compare", str(tmp_path / "few"), "--bootstrap", "100", "--out", str(out)]) == 3
+    assert fit.main([str(tmp_path / "a"), "--compare", "--out", str(out)]) == 2
+    assert fit.main([str(tmp_path / "a"), "--compare", str(tmp_path / "b"), str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
 
 
 def test_a_plan_leaves_the_law_of_the_results_alone(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import sweep
+from model import family
 
 ROOT = Path(__file__).parent.parent
 # Two sizes, three budgets, a few seconds.
@@ -94,8 +96,63 @@ def test_a_failing_run_is_tried_once_more_and_named(tmp_path, capsys, monkeypatc
     assert "the reason" in said.out + said.err
 
 
+@pytest.mark.parametrize("aspect", [8, 16, 32])
+def test_another_aspect_keeps_the_sizes_of_the_family(aspect):
+    shapes = sweep.reshaped(family("quick"), aspect, 8)
+    assert len(shapes) >= 9 - (aspect != 16) and all(width % 8 == 0 for _, width in shapes)
+    volumes, wanted = [d * w ** 2 for d, w in shapes], [d * w ** 2 for d, w in family("quick")]
+    assert all(min(abs(math.log(volume / other)) for other in wanted) < 0.3 for volume in volumes)
+    assert sweep.reshaped(family("paper"), 64, 64) == family("paper")           # its own aspect changes nothing
+    large = sweep.reshaped([(16, 512)], aspect, 8)[0]                            # where heads are small against the width it is met
+    assert large[1] / large[0] == pytest.approx(aspect, rel=0.15) and large[0] * large[1] ** 2 == pytest.approx(16 * 512 ** 2, rel=0.1)
+    runs, _ = sweep.plan(sweep.SweepConfig(), [f"--aspect={aspect}"])
+    assert {(run.configs[0].depth, run.configs[0].width) for run in runs} == set(shapes)
+
+
+@pytest.mark.parametrize("arch", ["cross", "mmdit"])
+def test_other_archs_keep_the_sizes_of_the_family(arch):
+    """Their N is 1.3 to 2.7 times that of incontext, so a window around the optimum of incontext would leave out the wrong ones."""
+    plain, _ = sweep.plan(sweep.SweepConfig(), [])
+    runs, _ = sweep.plan(sweep.SweepConfig(), ["--arch", arch])
+    shapes = lambda runs: [(run.configs[0].depth, run.configs[0].width, run.configs[2].seed) for run in runs]
+    assert shapes(runs) == shapes(plain) and all(run.configs[0].arch == arch for run in runs)
+    assert all(one.N > 1.2 * two.N and set(one.steps) >= set(two.steps) for one, two in zip(runs, plain))
+    for budget in plain[4].steps:
+        assert sum(budget in run.steps for run in runs) >= 8
+
+
+def test_vary_makes_a_grid_of_each_value_and_one_comparison(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(sweep, "run_sweep", lambda one, flags: called.append((one.out, flags, one.window, one.vary)) or 0)
+    monkeypatch.setattr(sweep, "call_fit", lambda one, *arguments: called.append(arguments) or 0)
+    config = sweep.SweepConfig(depth=[1], width=[8, 16], budget=[1e8, 2e8, 4e8], out=str(tmp_path / "x"), vary="images=100,1000,all")
+    assert sweep.run_varied(config, FLAGS) == 0
+    out = [str(tmp_path / "x" / f"images_{n}") for n in ("100", "1000", "all")]
+    assert called == [(out[0], [*FLAGS, "--images=100"], 13, None), (out[1], [*FLAGS, "--images=1000"], 13, None), (out[2], FLAGS, 13, None),
+                      (out[0], "--compare", out[1], out[2], "--out", str(tmp_path / "x" / "law"))]
+    ((one, flags), _) = sweep.varied(sweep.SweepConfig(vary="data=a b/c.parquet,scenes"), [])
+    assert one.out == "results/my-data/data_a-b-c.parquet" and flags == ["--data=a b/c.parquet"] and one.window is None
+    monkeypatch.setattr(sweep, "run_sweep", lambda one, flags: 1)
+    assert sweep.run_varied(config, FLAGS) == 1
+
+
+@pytest.mark.parametrize("vary, named", [
+    ("lr=0.003", "--vary lr=0.003"), ("lr", "--vary lr"), ("lr=0.003,", "--vary lr"), ("lr=0.003,0.003", "different"),
+    ("learning_rate=1,2", "learning_rate can't be varied"), ("seed=0,1", "seed can't"), ("=1,2", "nothing can't"), ("out=a,b", "out can't"),
+    ("arch=incontext,unet", "--arch"), ("captions=dense,none", "--captions"), ("resolution=4,5", "--resolution"), ("images=10,some", "--images"),
+    ("text_dim=4,8", "--text_dim"), ("aspect=8,16", "--aspect"), ("lr=0.003,-1", "--lr"),
+])
+def test_what_cannot_be_varied_is_one_line(tmp_path, vary, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--out", str(tmp_path / "out"), *SMALL, *FLAGS, "--vary", vary])
+    with pytest.raises(SystemExit) as end:
+        sweep.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and named in said and len(said.strip().splitlines()) == 1, said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments, named", [
-    (["--budget", "2e9", "1e9"], "--budget"), (["--widht", "8"], "--widht"), (["--jobs", "0"], "--jobs"),
+    (["--aspect", "0"], "--aspect"), (["--budget", "2e9", "1e9"], "--budget"), (["--widht", "8"], "--widht"), (["--jobs", "0"], "--jobs"),
     (["--depth", "1", "2", "--width", "8", "16", "24"], "--depth"), (["--width", "9"], "--head_dim"), (["--window", "1"], "--window"),
     (["--data", "/no/such"], "--data"), (["--budget", "1e3"], "nothing to run"), (["--seed", "3"], "--seeds"), (["--width", "32", "32"], "twice"), (["--preset", "big"], "--preset"),
     (["--preset", "paper"], "--data"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import flow
 import train
 from data import DataConfig, load_data
 from model import DiT, ModelConfig
@@ -111,21 +112,42 @@ def test_kill_9_changes_no_result(tmp_path):
     assert [json.loads(line)["step"] for line in open(tmp_path / "killed" / "log.jsonl")] == list(range(5, 801, 5))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_world_size_does_not_matter(tmp_path, processes):
+@pytest.mark.parametrize("processes, arch", [(2, "incontext"), (2, "cross"), (4, "mmdit")])
+def test_world_size_does_not_matter(tmp_path, processes, arch):
     script = tmp_path / "run.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n"
                       f"train.MIN_STEPS, train.MIN_WARMUPS = 1, 0\ntrain.main()\n")
-    one = run(tmp_path / "one", 20, flags=LARGER)
+    one = run(tmp_path / "one", 20, flags=[*LARGER, "--arch", arch])
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *TINY,
-                    "--out", tmp_path / "many", *LARGER], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+                    "--out", tmp_path / "many", *LARGER, "--arch", arch], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (one, tmp_path / "many"))
     difference = sum((a[name] - b[name]).square().sum() for name in a).sqrt() / sum(a[name].square().sum() for name in a).sqrt()
-    assert difference <= 1e-6
+    # Behind gates that start at zero the first gradients are tiny, and Adam enlarges their rounding with them.
+    assert difference <= (1e-6 if arch == "incontext" else 5e-6)
     r, s = (json.loads((folder / f"budget_{20 * LARGER_STEP:.4g}" / "result.json").read_text()) for folder in (one, tmp_path / "many"))
     for key in ("val_loss", "val_loss_ema", "train_loss", "start_loss", "start_loss_expected"):
         assert r[key] == pytest.approx(s[key], rel=1e-5)
     assert r["D_text_real"] == s["D_text_real"] and s["devices"] == processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["incontext", "cross", "mmdit"])
+def test_captions_are_followed(tmp_path, arch):
+    """Half a minute of training on one core: with the caption of another image the validation loss is higher by far more than 10 standard errors."""
+    config = train.TrainConfig(budget=[1.28e11], val_images=1024, threads=1, device="cpu", out=str(tmp_path))
+    model_config, data_config = ModelConfig(arch, depth=2, width=32), DataConfig()
+    (record,) = train.train(model_config, data_config, config)
+    model, data = DiT(model_config, **load_data(data_config).shape), load_data(data_config)
+    model.load_state_dict(load_file(tmp_path / f"budget_{1.28e11:.4g}" / "ema.safetensors"))
+    worse = []
+    for _, (x, eps, t, text, mask) in train.validation_batches(data, 1024):
+        with torch.no_grad():
+            worse.append(flow.loss_per_image(model, x, eps, t, text.roll(1, 0), mask.roll(1, 0)) - flow.loss_per_image(model, x, eps, t, text, mask))
+    mean, error = flow.mean_and_standard_error(torch.cat(worse))
+    print(f"{arch}: start {record['start_loss']:.4f} (expected {record['start_loss_expected']:.4f}), train {record['train_loss']:.4f}, validation "
+          f"{record['val_loss_ema']:.4f}, {record['seconds']:.0f} s; captions shuffled: +{mean:.4f} +- {error:.4f}")
+    assert record["start_loss"] == pytest.approx(record["start_loss_expected"], rel=0.05)
+    assert record["val_loss_ema"] < 0.4 and mean > 10 * error
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
