@@ -1312,7 +1312,10 @@ def run(args):
     records = read(args.paths or [first])
     if "N" in records[0] and (args.n, args.metric) != ("blocks", "val_loss_ema"):
         raise BadInput(f"--n {args.n} --metric {args.metric}: a CSV has one N and one loss to choose from")
-    law = fit(records, args.metric, args.n, args.bootstrap, args.seed, bar=True)
+    try:
+        law = fit(records, args.metric, args.n, args.bootstrap, args.seed, bar=True)
+    except Refused as e:
+        raise Refused(f"{first}: {e}" if args.compare else str(e))
     if "N" not in records[0]:
         try:
             other = fit(records, args.metric, {"blocks": "total", "total": "blocks"}[args.n], args.bootstrap, args.seed, bar=True)
