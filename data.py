@@ -13,6 +13,8 @@ is a frozen pseudo-random vector), or by CLIP or T5. Nothing that is downloaded 
     python data.py look --data PATH --out look.png        a contact sheet, to check before a budget is spent
     python data.py prepare --data PATH --resolution 256 --vae stabilityai/sd-vae-ft-mse --text clip --out prepared
 """
+import errno
+import glob
 import hashlib
 import io
 import itertools
@@ -67,6 +69,8 @@ class DataConfig:
         put = lambda name, value: object.__setattr__(self, name, value)
         stats = read_stats(self.data)
         for name, value in stats["input"].items() if stats else ():   # a prepared folder says itself what is in it
+            if name in ("resolution", "text_tokens") and getattr(self, name) not in (type(self).__dataclass_fields__[name].default, value):
+                raise ValueError(f"--{name} {getattr(self, name)}: {self.data} was prepared with {value}; leave the flag out")
             put(name, value)
         kind, _, source = self.text.partition(":")
         if kind not in ("hash", *TEXT_HUB_NAMES) or (kind == "hash" and source):
@@ -90,7 +94,8 @@ def data_config_of(saved, data):
 
     Of another data set than the training's only what makes the model's input is kept: its columns and splits are its own.
     """
-    kept = saved if data == saved["data"] else {
+    same = data == saved["data"] or (os.path.exists(data) and os.path.realpath(data) == os.path.realpath(saved["data"]))
+    kept = saved if same else {
         name: saved[name] for name in ("resolution", "captions", "text", "text_tokens", "text_dim") if name in saved}
     return DataConfig(**{**kept, "data": data})
 
@@ -406,7 +411,7 @@ def open_splits(config):
     path, more = config.data, ""
     suffix = os.path.splitext(path)[1].lower()
     if os.path.isdir(path):
-        kind, files, roots = path, None, [path]
+        kind, files, roots = os.path.abspath(path), None, [path]   # a folder "csv" is no reader of that name
     elif os.path.isfile(path) or "://" in path or "*" in path:   # a file, a bucket, or several files
         if suffix not in READERS:
             raise ValueError(f"--data {path}: a file of captioned images ends in {', '.join(READERS)}")
@@ -462,12 +467,14 @@ def as_bytes(kind):
 
 def to_pixels(image, resolution):
     """Any PIL image -> (R, R, 3) uint8: upright (EXIF), on white where transparent, RGB, centre crop, area-averaging resize."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):   # more than 8 bits: pillow would cut 16 bits off at 255
-        levels = np.asarray(image)
+        levels, transparent = np.asarray(image), image.info.get("transparency")
         if levels.min() < 0 or levels.max() > 65535 or image.mode == "F":
             raise ValueError(f"levels of mode {image.mode} that are not 16-bit")
-        image = Image.fromarray((levels // 257).astype(np.uint8))
-    image = ImageOps.exif_transpose(image)
+        if image.mode == "I" and levels.max() <= 255:   # 32 bits wide, but 8-bit levels
+            levels, transparent = levels * 257, transparent if transparent is None else transparent * 257
+        image = Image.fromarray(np.where(levels == transparent, 255, levels // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -475,6 +482,12 @@ def to_pixels(image, resolution):
     left, upper = (image.width - side) // 2, (image.height - side) // 2
     square = image.convert("RGB").crop((left, upper, left + side, upper + side))
     return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))  # pillow's averages over the area
+
+
+def picture_formats():
+    """Which formats are read: of pictures only. Pillow would hand PostScript to Ghostscript, which runs it as a program."""
+    Image.init()
+    return [name for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO") if name in Image.OPEN]
 
 
 def read_image(cell, roots, resolution):
@@ -492,7 +505,7 @@ def read_image(cell, roots, resolution):
             raise ValueError(f"its path leads nowhere ({path[:200]})")
         with open(real, "rb") as file:
             content = file.read()
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=picture_formats()) as image:
         width, height = image.size
         if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
             raise ValueError(f"too {'small' if min(width, height) < MIN_SIDE else 'large'} ({width} x {height} pixels)")
@@ -533,7 +546,11 @@ def read_rows(table, image_column, text_column, resolution, roots, version=READI
             pixels, width, height, remark = read_image(image.as_py(), roots, resolution)
             pixels, remark = pixels.tobytes(), "; ".join(filter(None, (remark, about_text)))
             digest = hashlib.blake2b(pixels, digest_size=8).digest()
+        except MemoryError:
+            raise
         except Exception as error:   # pillow and its many formats raise all kinds
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                raise   # a disk that fails is no fault of the row: what is skipped now would stay skipped
             pixels, captions, digest, width, height = None, [], b"", 0, 0
             remark = ("no image that pillow can read" if isinstance(error, UnidentifiedImageError)
                       else re.sub(r" at 0x\w+", "", one_line(error))[:300])
@@ -619,7 +636,9 @@ class Images(Ordered, Pixels):
         # All captions of a split in one list; those of a row are first[row] to first[row + 1] - 1.
         self.texts = {split: [text for row in rows for text in row[1]] for split, rows in chosen.items()}
         self.first = {split: torch.tensor([0, *(len(row[1]) for row in rows)]).cumsum(0) for split, rows in chosen.items()}
-        if self.encoders:
+        identity = hashlib.sha256(repr([[(row[2], row[1]) for row in chosen[split]] for split in ("train", "validation")]).encode())
+        self.encoders["images"] = {"sha256": identity.hexdigest()[:16]}
+        if isinstance(self.text, PretrainedText):
             self.parts = {split: self.text.cached(texts) for split, texts in self.texts.items()}
         else:
             self.ids = {split: self.text.encode(texts) for split, texts in self.texts.items()}
@@ -637,7 +656,7 @@ class Images(Ordered, Pixels):
         images = self.pixels[split][rows].permute(0, 3, 1, 2)
         if mirrored.any():
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        if self.encoders:
+        if isinstance(self.text, PretrainedText):
             text, text_mask = padded([self.parts[split][k] for k in captions.tolist()], self.text.tokens, self.text.dim)
             return images.to(self.device), text.to(self.device).float(), text_mask.to(self.device)
         return images.to(self.device), *self.text.features(self.ids[split][captions].to(self.device))
@@ -660,8 +679,9 @@ def every_row(rows, config, roots, split):
     else:
         binary, whole, word = datasets.Value("binary"), datasets.Value("int64"), datasets.Value("string")
         kinds = dict(pixels=binary, captions=datasets.List(word), digest=binary, width=whole, height=whole, remark=word)
+        by_path = config.data.endswith((".csv", ".json", ".jsonl"))   # of files that datasets does not watch
         rows = rows.map(read_rows, batched=True, batch_size=100, remove_columns=rows.column_names, features=datasets.Features(kinds),
-                        fn_kwargs={**reading, "version": READING}, desc=f"{split} images at {config.resolution} pixels")
+                        fn_kwargs={**reading, "version": READING}, load_from_cache_file=not by_path, desc=f"{split} images at {config.resolution} pixels")
         batches = (table.to_pydict() for table in rows.iter(1000))
     for batch in batches:
         yield from zip(*batch.values())
@@ -749,7 +769,9 @@ class PretrainedText:
             raise ValueError(f"--text_tokens {self.tokens}: {source} has only {most} positions")
         if config.text_dim not in (None, self.dim):
             raise ValueError(f"--text_dim {config.text_dim}: {source} gives {self.dim} features (leave the flag out)")
-        self.about = {"name": source, "sha256": weights_digest(self.network), "tokens": self.tokens}
+        words = getattr(self.tokenizer, "backend_tokenizer", None)   # other words for the same weights are another encoder
+        both = weights_digest(self.network) + (words.to_str() if words else "")
+        self.about = {"name": source, "sha256": hashlib.sha256(both.encode()).hexdigest()[:16], "tokens": self.tokens}
 
     def encode(self, captions):
         """Captions -> token ids plus one, (n, S) int64, 0 behind the last: captions are cut to S tokens, the last being the end."""
@@ -836,6 +858,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def read_stats(folder):
     """stats.json of a folder that prepare wrote; None where it is no such folder. Raises ValueError for a torn or unfinished one."""
     path = os.path.join(folder, "stats.json")
+    if folder in ("scenes", "scenes-ood"):   # the embedded worlds, whatever lies here
+        return None
     if not os.path.exists(path):
         if os.path.exists(os.path.join(folder, "prepare.json")):
             raise ValueError(f"--data {folder}: prepare has not finished here: the same command goes on")
@@ -937,6 +961,7 @@ class Latents(Ordered):
         validation = np.concatenate([np.asarray(shard.validation.to_pylist(), bool) for shard in self.shards])
         digest = np.concatenate([np.frombuffer(shard.digest.buffers()[1] or b"", np.int64, len(shard)) for shard in self.shards])
         copies = ~validation & np.isin(digest, digest[validation])
+        self.identity = hashlib.sha256(digest.tobytes() + validation.tobytes()).hexdigest()[:16]   # which images these are
         self.place = {"train": place[~validation & ~copies], "validation": place[validation]}   # (n, 2): shard, row in it
         self.set_sizes(*map(len, self.place.values()))
         self.remarks = [tuple(remark) for remark in self.stats["remarks"]["rows"]]
@@ -950,7 +975,7 @@ class Latents(Ordered):
     def encoders(self):
         """Which networks made this, and the normalisation: what a run depends on, beside its flags."""
         values = {"shift": self.shift.flatten().tolist(), "scale": self.scale.flatten().tolist()}
-        return {name: {**about, **(values if name == "vae" else {})} for name, about in self.stats["encoders"].items()}
+        return {"images": {"sha256": self.identity}} | {name: {**about, **(values if name == "vae" else {})} for name, about in self.stats["encoders"].items()}
 
     def normalise(self, shift, scale):
         self.shift, self.scale = (torch.tensor(values, dtype=torch.float64, device=self.device)[:, None, None] for values in (shift, scale))
@@ -1062,8 +1087,11 @@ def prepare(config, settings):
         raise ValueError(f"--resolution {config.resolution}: this VAE makes one latent of {vae.factor} x {vae.factor} pixels; take a multiple of "
                          f"{vae.factor}, at least {4 * vae.factor}")
     definition["encoders"] = {"vae": vae.about, **({"text": text.about} if config.text != "hash" else {})}
-    definition["rows"] = {split: None if config.stream else len(rows) for split, rows in splits.items()}
+    # Which rows: datasets' own name for them changes with the files. A stream has none.
+    definition["rows"] = {split: None if config.stream else f"{len(rows)}, {rows._fingerprint}" for split, rows in splits.items()}
     check_definition(settings.out, definition, definition)
+    if glob.glob(os.path.join(glob.escape(settings.out), "*.arrow")) and not os.path.exists(place("prepare.json")):
+        raise ValueError(f"--out {settings.out}: has shards but no prepare.json, so nobody knows what made them: take another --out")
     os.makedirs(settings.out, exist_ok=True)
     if not os.path.exists(place("prepare.json")):
         write_json(place("prepare.json"), definition)

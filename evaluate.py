@@ -467,7 +467,7 @@ def vlb_minus_nll(saved, data, where):
         return None
     n = min(vlb["protocol"]["n"], nll["protocol"]["n"])
     nats = [torch.from_numpy(np.load(where(metric) + ".npy", allow_pickle=False)) for metric in ("vlb", "nll")]
-    return {**summary(bits(nats[0][:n], data) - bits(nats[1][:n], data)), "unit": "bits/dim", "weights": "ema",
+    return {**summary(bits(nats[0][:n], data) - bits(nats[1][:n], data)), "unit": saved["vlb"]["unit"], "weights": "ema",
             "protocol": {key: vlb["protocol"][key] for key in shared} | {"n": n}}
 
 
@@ -570,7 +570,7 @@ def read_saved(target, dataset):
 def protocol_of(metric, config, data, n, path, network):
     """All that a number depends on, beside the code: printed and stored with it, and what decides if it is missing."""
     about = {"weights": fingerprint(path), "data": data.config.data, "resolution": data.config.resolution,
-             "captions": data.config.captions, "n": n, "guidance": 1}
+             "captions": data.config.captions, "n": n, "guidance": 1, **({"images": data.encoders["images"]["sha256"]} if "images" in data.encoders else {})}
     if metric == "loss":
         return {**about, "seed": train.VALIDATION_SEED, "times": "logit-normal, stratified"}
     about |= {"seed": config.seed} | ({"batch": config.batch} if metric != "fd" else {})   # their noise is drawn by the batch
@@ -650,16 +650,17 @@ def evaluate(config):
                         for key, number in numbers.items()) + "; " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
                 ranked = numbers.get("val_loss_ema", next(iter(numbers.values())))["value"]   # the picture is of the best model
                 if ranked is not None and (name not in pictures or ranked < pictures[name][0]) and metric == config.metrics[0]:
-                    pictures[name] = ranked, path, models["ema"], data, precision
+                    pictures[name] = ranked, path, models["ema"], data, precision, definition
             if rank == 0 and {"vlb", "nll"} & set(config.metrics):
                 saved = read_saved(where("metrics") + ".json", dataset)
                 gap = vlb_minus_nll(saved, data, where)
                 if gap and gap != saved.get("vlb_minus_nll"):
                     train.write_json(where("metrics") + ".json", {"schema": train.SCHEMA, "data": dataset, "metrics": {**saved, "vlb_minus_nll": gap}})
-                    tqdm.write(f"{path} on {name}: vlb - nll {gap['value']:.4f} +- {gap['se']:.4f} bits/dim, {gap['protocol']['n']} images")
-    for name, (_, path, model, data, precision) in pictures.items() if config.samples and rank == 0 else ():
+                    tqdm.write(f"{path} on {name}: vlb - nll {gap['value']:.4f} +- {gap['se']:.4f} {gap['unit']}, {gap['protocol']['n']} images")
+    for name, (_, path, model, data, precision, definition) in pictures.items() if config.samples and rank == 0 else ():
         target = os.path.join(os.path.dirname(path) or ".", f"samples_{name}.png")
         which = " ".join(os.path.dirname(os.path.abspath(path)).split(os.sep)[-2:])   # the run and its budget
+        adopt(data, definition.get("encoders", {}))   # the next model's scale and shift may have come in between
         save_samples(target, model, data, precision, config, f"{which} on {name}")
         print(f"written: {target}")
 

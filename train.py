@@ -442,7 +442,8 @@ def train(model_config, data_config, config):
     with (lock(os.path.join(out, "config.json") if rank == 0 else os.devnull),
           tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step", disable=rank > 0,
                smoothing=0.05, mininterval=1 if sys.stderr.isatty() else 30) as bar,
-          ThreadPoolExecutor(1) as reader,
+          ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None,
+                             initargs=(device,) if device.type == "cuda" else ()) as reader,
           open_log(os.path.join(out, "log.jsonl") if rank == 0 else os.devnull, max(known, state["step"])) as log):
         for budget in missing:
             while state["step"] < target[budget]:

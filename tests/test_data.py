@@ -7,14 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import data
 import tiny
@@ -491,6 +493,7 @@ def fork(do):
     if pid == 0:
         status = 1
         try:
+            tqdm.set_lock(threading.RLock())   # tqdm's own is shared over forks: killed while it is held, it would never come back
             do()
             status = 0
         except BaseException:
@@ -658,3 +661,53 @@ def test_nothing_that_comes_with_data_or_weights_is_executed(tmp_path, encoders)
     with pytest.raises(ValueError, match="--vae .*cannot load"):
         data.VAE(str(tmp_path / "vae"), "cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_images_under_the_same_name_are_noticed(tmp_path, encoders):
+    """A run, and a folder of prepare, belong to their images and not to a path."""
+    path = tiny.parquet(tmp_path / "a.parquet", 64)
+    first = Images(DataConfig(data=path, resolution=8)).encoders["images"]
+    assert first == Images(DataConfig(data=path, resolution=8), seed=1).encoders["images"]
+    out = make(tmp_path / "out", path, encoders)
+    kept = files(out)
+    (record,) = run(tmp_path / "run", "--data", path, "--resolution", "8", "--batch", "8", budget="5e8")
+    tiny.write_parquet(path, [tiny.picture(1000 + k) for k in range(64)], [f"another {k}" for k in range(64)])
+    assert Images(DataConfig(data=path, resolution=8)).encoders["images"] != first
+    with pytest.raises(ValueError, match="encoders.images.sha256"):
+        run(tmp_path / "run", "--data", path, "--resolution", "8", "--batch", "8", budget="1e9")
+    make(out, path, encoders)                                              # what is finished is left alone
+    assert files(out) == kept
+    (out / "stats.json").unlink()
+    with pytest.raises(ValueError, match="belongs to another configuration .*rows"):
+        make(out, path, encoders)
+    (out / "prepare.json").unlink()
+    with pytest.raises(ValueError, match="nobody knows what made them"):
+        make(out, path, encoders)
+
+
+def test_postscript_is_no_picture(tmp_path):
+    """Pillow would have Ghostscript run it."""
+    script = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(script, "EPS")
+    path = tiny.write_parquet(tmp_path / "a.parquet", [tiny.picture(k) for k in range(40)] + [script.getvalue()], ["text"] * 41)
+    assert [(row, what) for _, row, what, _ in Images(DataConfig(data=path, resolution=8)).remarks] == [(40, "no image that pillow can read")]
+
+
+def test_a_failing_disk_is_not_a_skipped_row(tmp_path, monkeypatch):
+    Image.fromarray(np.full((16, 16, 3), 77, np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    import pyarrow as pa
+    table = pa.table({"image": [{"bytes": None, "path": "a.png"}], "text": ["x"]})
+    with pytest.raises(OSError, match="Input/output"):
+        data.read_rows(table, "image", "text", 8, [str(tmp_path)])
+
+
+def test_sixteen_bits_keep_orientation_transparency_and_light():
+    levels = (np.arange(16 * 16, dtype=np.uint16) * 257).reshape(16, 16)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 3                                                       # upside down
+    Image.fromarray(levels).save(file, "PNG", exif=exif, transparency=int(levels[0, 0]))
+    read = data.to_pixels(Image.open(file), 16)[..., 0]
+    assert read[-1, -1] == 255 and np.array_equal(read.ravel()[:-1][::-1], np.arange(1, 256))
+    dim = Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16))  # 32 bits wide, 8-bit levels: no black picture
+    assert data.to_pixels(dim, 16)[..., 0].max() == 255
