@@ -227,17 +227,19 @@ class Reader(nn.Module):
 def read_reader(path):
     """The network in a file, to be used."""
     reader = Reader().eval().requires_grad_(False)
-    reader.load_state_dict({name: weight.float() for name, weight in load_file(path).items()}, strict=False)  # BatchNorm's counters
+    weights = {name: weight.float() for name, weight in load_file(path).items()}
+    counters = {name: count for name, count in reader.state_dict().items() if name.endswith("num_batches_tracked")}  # of no use here
+    reader.load_state_dict({**counters, **weights})
     return reader
 
 
 def train_reader(path, steps=2400, batch=256):
     """Train the Reader on scenes of both mixes and write it, in float16: minutes on 2 cores, 500 kB at most."""
     torch.manual_seed(0)
-    reader, device = Reader(), torch.device("cpu")
+    reader = Reader()
     optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    worlds = [Scenes(DataConfig(data=data, resolution=Reader.SIDE), seed=1, device=device) for data in ("scenes", "scenes-ood")]
+    worlds = [Scenes(DataConfig(data=data, resolution=Reader.SIDE), seed=1) for data in ("scenes", "scenes-ood")]
     for step in (bar := tqdm(range(steps), desc="reader", unit="step")):
         parts = []
         for world in worlds:

@@ -1120,7 +1120,7 @@ def draw_law(plt, law, file, reference):
     save(figure, file)
 
 
-UNITS = {"vlb": ", bits/dim", "nll": ", bits/dim", "caption_accuracy": ", share of captions"}
+UNITS = {"vlb": ", bits/dim", "nll": ", bits/dim", "vlb_minus_nll": ", bits/dim", "caption_accuracy": ", share of captions"}
 
 
 def draw_metrics(plt, law, file):
