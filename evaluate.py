@@ -600,7 +600,7 @@ def count_images(metric, config, data, definition):
 def evaluate(config):
     """All metrics of all models on all data sets; raises ValueError for input that can't be used."""
     rank, world = ranks()
-    device, *_ = train.find_device(config.device, "auto")
+    device, _ = train.find_device(config.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     network = FeatureNetwork(config.features, device) if "fd" in config.metrics else None

@@ -178,7 +178,7 @@ def time_steps(runs, threads):
     timed = {}
     for run in tqdm(runs, desc="timing a step of each size", leave=False):
         model_config, data_config, config = run.configs
-        device, precision, *_ = train.find_device(config.device, config.precision)
+        device, _ = train.find_device(config.device)
         # A step costs the same on any pixels; prepared latents are read as they come.
         scenes = DataConfig(resolution=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim or 64)
         data = load_data(data_config if read_stats(data_config.data) else scenes, 0, device)
@@ -191,7 +191,7 @@ def time_steps(runs, threads):
             for step in range(1, 6):
                 start = time.perf_counter()
                 batch = train.training_batch(data, config, step, 0, 1, device)
-                with train.autocast(device, precision):
+                with train.autocast(device, train.settle(config, model_config).precision):
                     loss = flow.loss_per_image(model, *batch).mean()
                 loss.backward()
                 optimizer.step()
@@ -250,8 +250,7 @@ def estimate(runs, jobs, threads):
 
 def check_folder(run, encoders):
     """Raises ValueError where the folder belongs to another configuration or holds a torn record. -> all budgets done?"""
-    _, precision, *_ = train.find_device(run.configs[2].device, run.configs[2].precision)
-    definition = train.definition_of(run.configs[0], run.configs[1], dataclasses.replace(run.configs[2], precision=precision), encoders)
+    definition = train.definition_of(*run.configs[:2], train.settle(run.configs[2], run.configs[0]), encoders)
     train.check_earlier_run(run.folder, definition)
     return all([train.read_record(os.path.join(train.point_folder(run.folder, budget), "result.json"), budget) is not None
                 for budget in run.steps])

@@ -8,6 +8,7 @@ The learning rate is constant after warm-up, so the run to a small budget is exa
 one. A run is therefore one model and a rising list of budgets: at each it evaluates, writes its record, and goes on.
 The same command resumes a run that was interrupted, and does nothing where everything is done.
 """
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -44,6 +45,9 @@ MIN_STEPS, MIN_WARMUPS = 50, 5   # below 50 steps or 5 warm-ups a point says mor
 CHECKPOINT_SECONDS = 60          # how much work a kill -9 may cost
 LOG_STEPS = 10                   # the losses of so many steps are fetched from the device at once
 VALIDATION_SEED, VALIDATION_IMAGES, VALIDATION_BATCH = 0, 8192, 64
+CPU_BFLOAT16_WIDTH = 256         # from here on bfloat16 is the faster on CPUs that multiply it (python tests/bench_train.py)
+THREAD_WIDTH = 16                # a thread for less than this costs more than it brings (the same)
+GRAPH_WIDTH = 1024               # on a GPU narrower models wait for kernel launches, which CUDA graphs replay
 RAW_SHARE = 16                   # raw weights are compared with their average on one validation image in so many
 SAMPLES, SAMPLE_STEPS = 8, 8     # in the picture of a point
 PRESETS = {
@@ -78,9 +82,12 @@ class TrainConfig:
     val_images: Optional[int] = field(default=None, metadata={
         "help": "validation images, the same for every run (default: 8192, or all where there are fewer)"})
     precision: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={
-        "help": "of the products; auto: bfloat16 on a GPU that has it, else float32"})
+        "help": f"of the products; auto: bfloat16 where the device multiplies it (a CPU: from width {CPU_BFLOAT16_WIDTH}), else float32"})
+    compile: Literal["auto", "on", "off"] = field(default="auto", metadata={
+        "help": "torch.compile the model for training; auto: on a GPU (on a CPU it takes longer than it saves)"})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to train"})
-    threads: Optional[int] = field(default=None, metadata={"help": "CPU threads of a process (default: all cores)"})
+    threads: Optional[int] = field(default=None, metadata={
+        "help": f"CPU threads of a process (default: one for each {THREAD_WIDTH} of the width, at most all cores)"})
     allow_drift: bool = field(default=False, metadata={
         "help": "resume although device, threads or versions have changed (results then differ in the last bits)"})
 
@@ -242,22 +249,48 @@ def sample_data(model, data, config, index, steps=16, solver="heun", guidance=3.
         return flow.sample(model, eps, text, text_mask, steps, solver, guidance).float()
 
 
-def find_device(device_flag, precision_flag):
-    """-> torch.device, precision and the name and peak of the device. Raises ValueError where there is no such device."""
-    if device_flag == "cuda" and not torch.cuda.is_available():
+def find_device(flag):
+    """-> torch.device, and its name. Raises ValueError where there is no such device."""
+    if flag == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
-    kind = "cuda" if device_flag != "cpu" and torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        name, has_bfloat16 = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported()
-    else:
-        # On a CPU bfloat16 is a choice: at the widths a laptop can train, converting costs more than it saves.
-        name, has_bfloat16 = f"CPU {platform.machine()} ({torch.backends.cpu.get_cpu_capability()})", False
-    precision = precision_flag if precision_flag != "auto" else "bfloat16" if has_bfloat16 else "float32"
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-    peak = peak if precision == "bfloat16" else None
-    return device, precision, name, peak
+    if flag == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), f"CPU {platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device, torch.cuda.get_device_name(device)
+
+
+def settle(config, model_config):
+    """The config with all that is "auto" chosen: precision, compile, threads.
+
+    By model and device alone, never by the budgets: the run to a small budget stays the beginning of the run to a larger one.
+    """
+    device, _ = find_device(config.device)
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported()
+    else:   # a CPU without these instructions converts to float32 and back, and is slower than float32
+        able = torch.cpu.get_capabilities()
+        has_bfloat16 = model_config.width >= CPU_BFLOAT16_WIDTH and any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    chosen = {"precision": "bfloat16" if has_bfloat16 else "float32", "compile": "on" if device.type == "cuda" else "off"}
+    return dataclasses.replace(
+        config, threads=config.threads or max(1, min(torch.get_num_threads(), model_config.width // THREAD_WIDTH)),
+        **{name: value for name, value in chosen.items() if getattr(config, name) == "auto"})
+
+
+def peak_flops(device_name, precision):
+    """Dense peak of the products in FLOP/s, from the datasheet; None where it is not known."""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
+    return peak if precision == "bfloat16" else None
+
+
+def compiled(model, config, world=1):
+    """torch.compile of the model for the one shape that training has, at its first step; other shapes go to the model itself.
+
+    CUDA graphs (mode "reduce-overhead") where launches rule. Not with gradients that outlive a pass, as they do with
+    --accumulate, or that NCCL reads: both would see memory that the next replay overwrites.
+    """
+    graphs = (next(model.parameters()).is_cuda and model.config.width < GRAPH_WIDTH and config.accumulate == 1 and world == 1)
+    return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
@@ -304,6 +337,7 @@ def check_earlier_run(out, definition, runtime=None):
             saved = json.load(file)
         saved_runtime = dict(saved.pop("runtime"))
         saved["data"] = {**dataclasses.asdict(DataConfig()), **saved["data"]}   # what an earlier version did not know meant the default
+        saved["train"] = {"compile": "off", **saved["train"]}
         definition = {**definition, "train": dict(definition["train"])}
         for settings in (saved["train"], definition["train"]):
             settings["val_images"] = settings["val_images"] or VALIDATION_IMAGES   # what it means when it is not given
@@ -352,10 +386,10 @@ def train(model_config, data_config, config):
         raise ValueError(f"--micro_batches {config.micro_batches} is not divisible by the {world} processes of torchrun")
     if config.batch // world % config.accumulate:
         raise ValueError(f"--accumulate {config.accumulate} does not divide the {config.batch // world} images of a device")
-    device, precision, device_name, peak = find_device(config.device, config.precision)
-    config = dataclasses.replace(config, precision=precision)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    device, device_name = find_device(config.device)
+    config = settle(config, model_config)
+    torch.set_num_threads(config.threads)
+    peak = peak_flops(device_name, config.precision)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *words: None
@@ -396,7 +430,8 @@ def train(model_config, data_config, config):
     optimizer = torch.optim.AdamW(model.parameter_groups(config.lr), betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
     rates, gamma = [group["lr"] for group in optimizer.param_groups], ema_exponent(config.ema_width)
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    network = compiled(model, config, world) if config.compile == "on" else model
+    network = DistributedDataParallel(network, gradient_as_bucket_view=True) if world > 1 else network
 
     # All that a run carries from one step to the next, beside weights and optimiser.
     loss = smooth = torch.zeros((), device=device)             # of the last step; exponentially averaged: the paper's
@@ -417,15 +452,26 @@ def train(model_config, data_config, config):
 
     say(json.dumps({**definition, "runtime": runtime}))
     say(f"N = {N['blocks']:,} in the blocks, {N['total']:,} in all; {model.flops_per_image():.4g} FLOPs an image; "
-        f"{target[missing[-1]]:,} steps of {config.batch} images; {precision} on {device_name}")
+        f"{target[missing[-1]]:,} steps of {config.batch} images; {config.precision} on {device_name}")
     if data.train_images:
         epochs = target[missing[-1]] * config.batch / data.train_images
         say(f"{data.train_images:,} training images, each seen {epochs:.3g} times; {data.validation_images:,} for validation; "
             + about_remarks(data.remarks))
     about = {"definition": json.dumps(definition), "shape": json.dumps(data.shape)}  # so that weights say what they are
-    clock = saved_at = time.monotonic()
     make_batch = lambda step: training_batch(data, config, step, rank, world, device)
     coming = None   # the batch of the next step, where it is worth a thread; a function of the step, so that nothing depends on it
+
+    def compute_gradients(batch):
+        """Forward and backward of this rank's batch, in `accumulate` parts; -> its loss."""
+        loss, parts = torch.zeros((), device=device), list(zip(*(tensor.chunk(config.accumulate) for tensor in batch)))
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)   # only then are gradients averaged over the devices
+            with contextlib.nullcontext() if world == 1 or last else network.no_sync():
+                with autocast(device, config.precision):
+                    part_loss = flow.loss_per_image(network, *part).mean() / config.accumulate
+                part_loss.backward()
+            loss += part_loss.detach()
+        return loss
 
     def fail(what):
         reason = f"{what} at or before step {state['step']} (is --lr {config.lr:g} too large?)"
@@ -438,6 +484,14 @@ def train(model_config, data_config, config):
             content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                        "loss": loss, "smooth": smooth, "words": words, "state": state, **about}
             write_whole(checkpoint, lambda temporary: torch.save(content, temporary))
+
+    if config.compile == "on":   # and record CUDA graphs, at the third pass: beside the clock, which is for what a step costs
+        began = time.monotonic()
+        for _ in range(3):
+            compute_gradients(make_batch(state["step"] + 1))
+            optimizer.zero_grad(set_to_none=True)
+        say(f"compiled in {time.monotonic() - began:.0f} s")
+    clock = saved_at = time.monotonic()
 
     with (lock(os.path.join(out, "config.json") if rank == 0 else os.devnull),
           tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step", disable=rank > 0,
@@ -452,12 +506,7 @@ def train(model_config, data_config, config):
                     group["lr"] = rate * min(1.0, step / config.warmup)
                 batch = coming.result() if coming else make_batch(step)
                 coming = reader.submit(make_batch, step + 1) if data.prefetch and step < target[missing[-1]] else None
-                loss = torch.zeros((), device=device)
-                for part in zip(*(tensor.chunk(config.accumulate) for tensor in batch)):
-                    with autocast(device, precision):
-                        part_loss = flow.loss_per_image(network, *part).mean() / config.accumulate
-                    part_loss.backward()
-                    loss += part_loss.detach()
+                loss = compute_gradients(batch)
                 norm = torch.nn.utils.clip_grad_norm_(weights, config.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -540,7 +589,7 @@ def train(model_config, data_config, config):
                 "val_loss_ema_by_time": flow.loss_by_time(ema_losses, times),
                 "start_loss": state["start_loss"], "start_loss_expected": state["start_loss_expected"],
                 "data": data_config.data, "resolution": data_config.resolution, "captions": data_config.captions,
-                "device": device_name, "devices": world, "threads": torch.get_num_threads(), "precision": precision,
+                "device": device_name, "devices": world, "threads": torch.get_num_threads(), "precision": config.precision,
                 "seconds": state["seconds"], "evaluation_seconds": state["evaluation_seconds"],
                 "device_hours": state["seconds"] * world / 3600, "tflops": rate / 1e12, "mfu": rate / peak if peak else None,
                 "versions": runtime["versions"],
