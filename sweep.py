@@ -39,6 +39,9 @@ WINDOW = 6.5  # a size is read where it is within this factor of the expected op
 SEED_REPEATS = {(2, 40): [1]}  # the quick grid measures its own seed noise on the size in the middle
 # Not for --vary: what a sweep itself sets for each run, and what changes no law.
 NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads", "allow_drift")
+# Models of fewer parameters leave most of a GPU idle, however their launches are saved: so many train side by side on one.
+# Not yet measured on a GPU: `python tests/bench_sweep.py` is the measurement.
+SMALL_ON_GPU, PACKED = 1e7, 4
 H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
 
 
@@ -56,7 +59,7 @@ class SweepConfig:
                 "--arch, --resolution or --images are others than those that it was measured with)"})
     vary: Optional[str] = field(default=None, metadata={
         "help": "KEY=A,B[,C]: a grid for each value of a flag of train.py, in OUT/KEY_A and so on, and a comparison in OUT/law"})
-    jobs: Optional[int] = field(default=None, metadata={"help": "runs side by side (default: one a CPU core, or one a GPU)"})
+    jobs: Optional[int] = field(default=None, metadata={"help": f"runs side by side (default: one a CPU core; on a GPU {PACKED} of fewer than {SMALL_ON_GPU:.0e} parameters, or one larger)"})
     dry_run: bool = field(default=False, metadata={"help": "print the grid and the total, and stop"})
 
     def __post_init__(self):
@@ -84,7 +87,8 @@ class Run:
     shape: dict            # of the input: channels, size, text_tokens, text_dim
     step_seconds: Optional[float] = None
     process: Optional[subprocess.Popen] = None
-    slot: int = 0
+    places: int = 1        # of those that a device has, how many the run takes
+    device: int = 0        # which GPU (0 on a CPU)
     tries: int = 0
     status: str = "waiting"
 
@@ -268,25 +272,31 @@ def progress(run):
         return 0
 
 
-def start(run, slot, threads):
-    """Start train.py for a run; what it prints goes to output.txt in its folder. slot: which of the places side by side."""
+def start(run, device, threads):
+    """Start train.py for a run on a device (the number of a GPU); what it prints goes to output.txt in its folder."""
     os.makedirs(run.folder, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment["OMP_NUM_THREADS"] = str(threads)
     if torch.cuda.is_available():
         gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         gpus = gpus if gpus != [""] else [str(number) for number in range(torch.cuda.device_count())]
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[device]
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *run.arguments]
     if not any(argument.split("=")[0] == "--threads" for argument in run.arguments):
         command += ["--threads", str(threads)]
     with open(os.path.join(run.folder, "output.txt"), "a") as output:
         run.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    run.slot, run.tries, run.status = slot, run.tries + 1, "running"
+    run.device, run.tries, run.status = device, run.tries + 1, "running"
 
 
-def run_all(runs, jobs, threads):
-    """Run the grid, the longest first, `jobs` at a time; a run that fails is tried once more. -> the runs that failed."""
+def free_device(run, running, devices, places):
+    """The first device with room for the run, or None. A device has `places`; a run takes some of them, or all."""
+    taken = [sum(other.places for other in running if other.device == device) for device in range(devices)]
+    return next((device for device in range(devices) if taken[device] + run.places <= places), None)
+
+
+def run_all(runs, devices, places, threads):
+    """Run the grid, the longest first, as many at a time as there are places; a run that fails is tried once more. -> those that failed."""
     todo = [run for run in runs if run.status == "waiting"]
     if not todo:
         return []
@@ -300,9 +310,10 @@ def run_all(runs, jobs, threads):
               bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go{postfix}") as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
+                # Only the first in line may start, or small ones would keep a large one waiting for ever.
+                while waiting and (device := free_device(waiting[0], running, devices, places)) is not None:
                     run = waiting.pop(0)
-                    start(run, min(set(range(jobs)) - {other.slot for other in running}), threads)
+                    start(run, device, threads)
                     running.append(run)
                 time.sleep(0.5)
                 for run in [run for run in running if run.process.poll() is not None]:
@@ -331,7 +342,12 @@ def run_sweep(sweep, flags):
     out = sweep.out or f"results/my-{sweep.preset}"
     runs, left_out = plan(sweep, flags)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = min(sweep.jobs or torch.cuda.device_count() or cores, len(runs))
+    gpus = torch.cuda.device_count() if runs[0].configs[2].device != "cpu" else 0
+    devices = gpus or 1
+    places = math.ceil(min(sweep.jobs, len(runs)) / devices) if sweep.jobs else PACKED if gpus else min(cores, len(runs))
+    for run in runs:
+        run.places = places if gpus and not sweep.jobs and run.N >= SMALL_ON_GPU else 1
+    jobs = min(devices * places, len(runs))
     threads = max(1, cores // jobs)
     if not sweep.dry_run:
         data = load_data(runs[0].configs[1])  # fails here rather than in every run, and leaves real images in the cache of datasets
@@ -346,8 +362,9 @@ def run_sweep(sweep, flags):
     print(f"{out}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points; "
           f"{sum(run.status == 'done' for run in runs)} runs are done\n{estimate(runs, jobs, threads)}")
     began = time.monotonic()
-    failed = run_all(runs, jobs, threads)
-    print(f"trained in {(time.monotonic() - began) / 60:.1f} minutes")
+    failed = run_all(runs, devices, places, threads)
+    hours = (time.monotonic() - began) / 3600
+    print(f"trained in {60 * hours:.1f} minutes" + (f", {hours * devices:.2f} device-hours" if gpus else ""))
     if failed:
         print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders); "
               f"the same command tries them again. The law of the others:", file=sys.stderr)
