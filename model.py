@@ -120,6 +120,11 @@ def attend(q, k, v, mask=None):
     return rearrange(attended, "b h t d -> b t (h d)")
 
 
+class HeadNorm(nn.RMSNorm):
+    def forward(self, heads):
+        return F.rms_norm(heads, self.normalized_shape, self.weight.type_as(heads), self.eps)   # one dtype, or torch takes its slow path
+
+
 class Attention(nn.Module):
     """The layers before and after `attend`. cross: only queries are made of the tokens; keys and values are of the text."""
 
@@ -132,8 +137,8 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(W, 3 * W)
         self.out = nn.Linear(W, W)
         # Unbounded attention logits are what makes large transformers diverge; normalised ones cannot grow.
-        self.q_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
     def heads(self, tokens, text=None):
         """tokens (B, T, W), text (B, S, W) for cross -> q (B, H, T, head_dim), k and v (B, H, T or S, head_dim)."""
@@ -144,7 +149,7 @@ class Attention(nn.Module):
             q, k, v = split(self.qkv(tokens), 3)
         else:
             (q,), (k, v) = split(self.q(tokens), 1), split(self.kv(text), 2)
-        return self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v  # norms run in float32 under autocast
+        return self.q_norm(q), self.k_norm(k), v
 
     def forward(self, tokens, text, mask):
         return self.out(attend(*self.heads(tokens, text), mask))                     # (B, T, W)
