@@ -122,7 +122,9 @@ def attend(q, k, v, mask=None):
 
 class HeadNorm(nn.RMSNorm):
     def forward(self, heads):
-        return F.rms_norm(heads, self.normalized_shape, self.weight.type_as(heads), self.eps)   # one dtype, or torch takes its slow path
+        # On a CPU torch wants one dtype, or warns of its slow path; on a GPU autocast computes it in float32.
+        weight = self.weight.type_as(heads) if heads.device.type == "cpu" else self.weight
+        return F.rms_norm(heads, self.normalized_shape, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -149,7 +151,7 @@ class Attention(nn.Module):
             q, k, v = split(self.qkv(tokens), 3)
         else:
             (q,), (k, v) = split(self.q(tokens), 1), split(self.kv(text), 2)
-        return self.q_norm(q), self.k_norm(k), v
+        return self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v
 
     def forward(self, tokens, text, mask):
         return self.out(attend(*self.heads(tokens, text), mask))                     # (B, T, W)

@@ -176,7 +176,7 @@ def plan(sweep, flags):
 
 
 def time_steps(runs, threads):
-    """Seconds of a training step of each size, by taking a few on this machine. None where a step is too large to try."""
+    """Seconds of a training step of each size, by taking a few on this machine, not compiled. None where a step is too large to try."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     timed = {}
@@ -206,6 +206,8 @@ def time_steps(runs, threads):
             timed[model_config.depth, model_config.width] = sorted(seconds)[2]
         run.step_seconds = timed[model_config.depth, model_config.width]
     torch.set_num_threads(before)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()   # the runs need it
 
 
 def print_plan(runs, left_out, jobs, threads):
@@ -248,7 +250,8 @@ def estimate(runs, jobs, threads):
         hours = sum(max(run.steps.values()) * run.step_flops for run in runs) / H100_FLOPS / 3600
         return f"estimated time: {hours:,.0f} H100-hours at 40% MFU"
     seconds = [max(run.steps.values()) * run.step_seconds for run in runs if run.status == "waiting"]
-    return (f"estimated time: {max([sum(seconds) / jobs, *seconds]) / 60:.0f} minutes of training, {jobs} jobs of {threads} "
+    shares = [run.places * its for run, its in zip([run for run in runs if run.status == "waiting"], seconds)]
+    return (f"estimated time: {max([sum(shares) / jobs, *seconds]) / 60:.0f} minutes of training, {jobs} jobs of {threads} "
             f"thread{'s' * (threads > 1)}; validation and pictures add about a fifth")
 
 
@@ -290,13 +293,13 @@ def start(run, device, threads):
 
 
 def free_device(run, running, devices, places):
-    """The first device with room for the run, or None. A device has `places`; a run takes some of them, or all."""
+    """The least busy device with room for the run, or None. A device has `places`; a run takes one of them, or all."""
     taken = [sum(other.places for other in running if other.device == device) for device in range(devices)]
-    return next((device for device in range(devices) if taken[device] + run.places <= places), None)
+    return min((device for device in range(devices) if taken[device] + run.places <= places), key=taken.__getitem__, default=None)
 
 
-def run_all(runs, devices, places, threads):
-    """Run the grid, the longest first, as many at a time as there are places; a run that fails is tried once more. -> those that failed."""
+def run_all(runs, jobs, threads, devices=1, places=None):
+    """Run the grid, the longest first, at most `jobs` at a time; a run that fails is tried once more. -> the runs that failed."""
     todo = [run for run in runs if run.status == "waiting"]
     if not todo:
         return []
@@ -311,7 +314,7 @@ def run_all(runs, devices, places, threads):
         try:
             while waiting or running:
                 # Only the first in line may start, or small ones would keep a large one waiting for ever.
-                while waiting and (device := free_device(waiting[0], running, devices, places)) is not None:
+                while waiting and len(running) < jobs and (device := free_device(waiting[0], running, devices, places or jobs)) is not None:
                     run = waiting.pop(0)
                     start(run, device, threads)
                     running.append(run)
@@ -343,11 +346,11 @@ def run_sweep(sweep, flags):
     runs, left_out = plan(sweep, flags)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = torch.cuda.device_count() if runs[0].configs[2].device != "cpu" else 0
-    devices = gpus or 1
-    places = math.ceil(min(sweep.jobs, len(runs)) / devices) if sweep.jobs else PACKED if gpus else min(cores, len(runs))
+    devices = min(gpus or 1, sweep.jobs or len(runs))
+    jobs = min(sweep.jobs or (devices * PACKED if gpus else cores), len(runs))
+    places = math.ceil(jobs / devices)
     for run in runs:
         run.places = places if gpus and not sweep.jobs and run.N >= SMALL_ON_GPU else 1
-    jobs = min(devices * places, len(runs))
     threads = max(1, cores // jobs)
     if not sweep.dry_run:
         data = load_data(runs[0].configs[1])  # fails here rather than in every run, and leaves real images in the cache of datasets
@@ -362,7 +365,7 @@ def run_sweep(sweep, flags):
     print(f"{out}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points; "
           f"{sum(run.status == 'done' for run in runs)} runs are done\n{estimate(runs, jobs, threads)}")
     began = time.monotonic()
-    failed = run_all(runs, devices, places, threads)
+    failed = run_all(runs, jobs, threads, devices, places)
     hours = (time.monotonic() - began) / 3600
     print(f"trained in {60 * hours:.1f} minutes" + (f", {hours * devices:.2f} device-hours" if gpus else ""))
     if failed:

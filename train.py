@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -87,7 +88,7 @@ class TrainConfig:
         "help": "torch.compile the model for training; auto: on a GPU (on a CPU it takes half a minute, and saves 5 to 20% of a step)"})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to train"})
     threads: Optional[int] = field(default=None, metadata={
-        "help": f"CPU threads of a process (default: one for each {THREAD_WIDTH} of the width, at most all cores)"})
+        "help": f"CPU threads of a process (default: all cores; to train on a CPU one for each {THREAD_WIDTH} of the width at most)"})
     allow_drift: bool = field(default=False, metadata={
         "help": "resume although device, threads or versions have changed (results then differ in the last bits)"})
 
@@ -266,15 +267,17 @@ def settle(config, model_config):
     By model and device alone, never by the budgets: the run to a small budget stays the beginning of the run to a larger one.
     """
     device, _ = find_device(config.device)
+    threads = torch.get_num_threads()
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported()
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        compiles = torch.cuda.get_device_capability(device) >= (7, 0) and importlib.util.find_spec("triton") is not None
     else:   # a CPU without these instructions converts to float32 and back, and is slower than float32
-        able = torch.cpu.get_capabilities()
+        able = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
         has_bfloat16 = model_config.width >= CPU_BFLOAT16_WIDTH and any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    chosen = {"precision": "bfloat16" if has_bfloat16 else "float32", "compile": "on" if device.type == "cuda" else "off"}
-    return dataclasses.replace(
-        config, threads=config.threads or max(1, min(torch.get_num_threads(), model_config.width // THREAD_WIDTH)),
-        **{name: value for name, value in chosen.items() if getattr(config, name) == "auto"})
+        compiles, threads = False, max(1, min(threads, model_config.width // THREAD_WIDTH))
+    chosen = {"precision": "bfloat16" if has_bfloat16 else "float32", "compile": "on" if compiles else "off"}
+    return dataclasses.replace(config, threads=config.threads or threads,
+                               **{name: value for name, value in chosen.items() if getattr(config, name) == "auto"})
 
 
 def peak_flops(device_name, precision):
@@ -286,8 +289,8 @@ def peak_flops(device_name, precision):
 def compiled(model, config, world=1):
     """torch.compile of the model for the one shape that training has, at its first step; other shapes go to the model itself.
 
-    CUDA graphs (mode "reduce-overhead") where launches rule. Not with gradients that outlive a pass, as they do with
-    --accumulate, or that NCCL reads: both would see memory that the next replay overwrites.
+    CUDA graphs (mode "reduce-overhead") where launches rule, but not with --accumulate, whose gradients outlive the pass that
+    made them while the next replay overwrites its memory; nor, out of caution, where DDP reads the gradients.
     """
     graphs = (next(model.parameters()).is_cuda and model.config.width < GRAPH_WIDTH and config.accumulate == 1 and world == 1)
     return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")
@@ -344,10 +347,10 @@ def check_earlier_run(out, definition, runtime=None):
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: torn, or not a configuration of isoflow: move it away or take another --out") from None
     if differs := differences(saved, definition):
-        raise ValueError(f"--out {out} belongs to another configuration ({'; '.join(differs)}): take another --out")
+        raise ValueError(f"--out {out} belongs to another configuration ({'; '.join(differs)}): take another --out, or the flags it was begun with")
     if runtime and (differs := differences(saved_runtime, runtime)):
         raise ValueError(f"--out {out} was begun elsewhere ({'; '.join(differs)}), so its last bits would differ: "
-                         f"take another --out, or --allow_drift")
+                         f"take another --out, the flags it was begun with, or --allow_drift")
 
 
 def read_checkpoint(path, device):
@@ -455,8 +458,8 @@ def train(model_config, data_config, config):
         f"{target[missing[-1]]:,} steps of {config.batch} images; {config.precision} on {device_name}")
     if data.train_images:
         epochs = target[missing[-1]] * config.batch / data.train_images
-        say(f"{data.train_images:,} training images, each seen {epochs:.3g} times; {data.validation_images:,} for validation; "
-            + about_remarks(data.remarks))
+        say(f"{data.train_images:,} training images, each seen {epochs:.3g} times"
+            + (f"; {data.validation_images:,} for validation; {about_remarks(data.remarks)}" if data.validation_images else ""))
     about = {"definition": json.dumps(definition), "shape": json.dumps(data.shape)}  # so that weights say what they are
     make_batch = lambda step: training_batch(data, config, step, rank, world, device)
     coming = None   # the batch of the next step, where it is worth a thread; a function of the step, so that nothing depends on it
@@ -473,6 +476,21 @@ def train(model_config, data_config, config):
             loss += part_loss.detach()
         return loss
 
+    def compile_network():
+        """Three passes beside the clock, which is for what a step costs: the first compiles, the third records CUDA graphs."""
+        began = time.monotonic()
+        try:
+            for _ in range(3):
+                compute_gradients(make_batch(state["step"] + 1)).item()
+                optimizer.zero_grad(set_to_none=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if rank == 0 and not state["step"] and len(missing) == len(config.budget):
+                os.remove(os.path.join(out, "config.json"))   # nothing was trained, so nothing binds the folder to this flag
+            raise RuntimeError(f"torch.compile failed ({one_line(error)}): --compile off trains without it") from None
+        say(f"compiled in {time.monotonic() - began:.0f} s")
+
     def fail(what):
         reason = f"{what} at or before step {state['step']} (is --lr {config.lr:g} too large?)"
         if rank == 0:
@@ -485,20 +503,15 @@ def train(model_config, data_config, config):
                        "loss": loss, "smooth": smooth, "words": words, "state": state, **about}
             write_whole(checkpoint, lambda temporary: torch.save(content, temporary))
 
-    if config.compile == "on":   # and record CUDA graphs, at the third pass: beside the clock, which is for what a step costs
-        began = time.monotonic()
-        for _ in range(3):
-            compute_gradients(make_batch(state["step"] + 1))
-            optimizer.zero_grad(set_to_none=True)
-        say(f"compiled in {time.monotonic() - began:.0f} s")
-    clock = saved_at = time.monotonic()
-
     with (lock(os.path.join(out, "config.json") if rank == 0 else os.devnull),
           tqdm(desc=os.path.basename(out), total=target[missing[-1]], initial=state["step"], unit="step", disable=rank > 0,
                smoothing=0.05, mininterval=1 if sys.stderr.isatty() else 30) as bar,
           ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None,
                              initargs=(device,) if device.type == "cuda" else ()) as reader,
           open_log(os.path.join(out, "log.jsonl") if rank == 0 else os.devnull, max(known, state["step"])) as log):
+        if config.compile == "on" and state["step"] < target[missing[-1]]:
+            compile_network()
+        clock = saved_at = time.monotonic()
         for budget in missing:
             while state["step"] < target[budget]:
                 step = state["step"] + 1
@@ -589,7 +602,7 @@ def train(model_config, data_config, config):
                 "val_loss_ema_by_time": flow.loss_by_time(ema_losses, times),
                 "start_loss": state["start_loss"], "start_loss_expected": state["start_loss_expected"],
                 "data": data_config.data, "resolution": data_config.resolution, "captions": data_config.captions,
-                "device": device_name, "devices": world, "threads": torch.get_num_threads(), "precision": config.precision,
+                "device": device_name, "devices": world, "threads": torch.get_num_threads(), "precision": config.precision, "compile": config.compile,
                 "seconds": state["seconds"], "evaluation_seconds": state["evaluation_seconds"],
                 "device_hours": state["seconds"] * world / 3600, "tflops": rate / 1e12, "mfu": rate / peak if peak else None,
                 "versions": runtime["versions"],

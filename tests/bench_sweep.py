@@ -72,7 +72,7 @@ def planned(grid, out, flags):
 def trained(runs, jobs):
     """Run them side by side as sweep.py does; -> seconds on the wall, of training, and of validation and pictures. Raises ValueError where one fails."""
     start = time.perf_counter()
-    if failed := sweep.run_all(runs, 1, jobs, max(1, THREADS // jobs)):
+    if failed := sweep.run_all(runs, jobs, max(1, THREADS // jobs)):
         raise ValueError(f"{failed[0].name} failed: {(Path(failed[0].folder) / 'output.txt').read_text().strip().splitlines()[-1]}")
     wall = time.perf_counter() - start
     last = [last_record(run.folder) for run in runs]

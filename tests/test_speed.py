@@ -19,6 +19,7 @@ from test_train import TINY, assert_same_point, point, run, short_runs_allowed  
 def test_precision_compile_and_threads_follow_from_model_and_device(width, able, precision, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     chosen = [train.settle(train.TrainConfig(device="cpu", budget=budget), ModelConfig(width=width)) for budget in ([1e9], [1e11, 1e15])]
     assert [(one.precision, one.compile, one.threads) for one in chosen] == 2 * [(precision, "off", 4 if width == 64 else 6)]
     asked = train.settle(train.TrainConfig(device="cpu", precision="float32", compile="on", threads=2), ModelConfig(width=width))
@@ -48,6 +49,16 @@ def test_a_compiled_run_resumes_bit_for_bit_and_agrees_with_the_plain_one(arch, 
         assert_same_point(point(whole, steps), point(parts, steps))
         losses.append([json.loads((point(out, steps) / "result.json").read_text())["val_loss_ema"] for out in (whole, plain)])
     assert all(one == pytest.approx(two, rel=1e-4) for one, two in losses)
+
+
+def test_a_failing_compiler_names_the_way_out_and_leaves_it_open(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **_: lambda *batch: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", 6, flags=["--compile", "on"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "train.py: torch.compile failed (no C++ compiler): --compile off trains without it"
+    run(tmp_path / "run", 6, flags=["--compile", "off"])
 
 
 def test_a_run_does_not_go_on_on_another_path(tmp_path, capsys):
@@ -83,6 +94,7 @@ def test_a_gpu_takes_several_small_models_or_one_large():
     assert sweep.free_device(SimpleNamespace(places=4), small[:1], devices=1, places=4) is None
     assert sweep.free_device(SimpleNamespace(places=4), small[:1], devices=2, places=4) == 1
     assert sweep.free_device(SimpleNamespace(places=1), [SimpleNamespace(places=4, device=0)], devices=2, places=4) == 1
+    assert sweep.free_device(SimpleNamespace(places=1), small, devices=2, places=4) == 1   # shared out, not piled up
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_a_failing_run_is_tried_once_more_and_named(tmp_path, capsys, monkeypatc
         "tries = len(os.listdir(folder))\nopen(os.path.join(folder, f'try{tries}'), 'w')\n"
         "print('the reason')\nsys.exit(0 if 'width016' in folder else 1)\n")
     runs, _ = planned(out=str(tmp_path / "out"))
-    failed = sweep.run_all(runs, 1, 2, 1)
+    failed = sweep.run_all(runs, 2, 1)
     assert [run.name for run in failed] == ["depth01_width008_seed0"] and failed[0].tries == 2
     said = capsys.readouterr()
     assert "the reason" in said.out + said.err

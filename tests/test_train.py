@@ -118,8 +118,9 @@ def test_world_size_does_not_matter(tmp_path, processes, arch):
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n"
                       f"train.MIN_STEPS, train.MIN_WARMUPS = 1, 0\ntrain.main()\n")
     one = run(tmp_path / "one", 20, flags=[*LARGER, "--arch", arch])
+    # In parts too: gradients are summed over the parts, then averaged over the processes.
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *TINY,
-                    "--out", tmp_path / "many", *LARGER, "--arch", arch], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+                    "--out", tmp_path / "many", *LARGER, "--arch", arch, "--accumulate", "2"], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (one, tmp_path / "many"))
     difference = sum((a[name] - b[name]).square().sum() for name in a).sqrt() / sum(a[name].square().sum() for name in a).sqrt()
     # Behind gates that start at zero the first gradients are tiny, and Adam enlarges their rounding with them.
@@ -128,6 +129,13 @@ def test_world_size_does_not_matter(tmp_path, processes, arch):
     for key in ("val_loss", "val_loss_ema", "train_loss", "start_loss", "start_loss_expected"):
         assert r[key] == pytest.approx(s[key], rel=1e-5)
     assert r["D_text_real"] == s["D_text_real"] and s["devices"] == processes
+
+
+def test_so_many_scenes_are_seen_again_and_again(tmp_path, capsys):
+    out = run(tmp_path / "run", 10, flags=["--images", "20"])
+    record = json.loads((point(out, 10) / "result.json").read_text())
+    assert (record["train_images"], record["epochs"], record["images_repeated"]) == (20, 4, 60)
+    assert "20 training images, each seen 4 times" in capsys.readouterr().out
 
 
 @pytest.mark.slow
