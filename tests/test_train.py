@@ -112,15 +112,16 @@ def test_kill_9_changes_no_result(tmp_path):
     assert [json.loads(line)["step"] for line in open(tmp_path / "killed" / "log.jsonl")] == list(range(5, 801, 5))
 
 
-@pytest.mark.parametrize("processes, arch", [(2, "incontext"), (2, "cross"), (4, "mmdit")])
-def test_world_size_does_not_matter(tmp_path, processes, arch):
+@pytest.mark.parametrize("processes, arch, compile", [(2, "incontext", "off"), (2, "cross", "off"), (4, "mmdit", "off"),
+                                                      pytest.param(2, "incontext", "on", marks=pytest.mark.slow)])
+def test_world_size_does_not_matter(tmp_path, processes, arch, compile):
     script = tmp_path / "run.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n"
                       f"train.MIN_STEPS, train.MIN_WARMUPS = 1, 0\ntrain.main()\n")
-    one = run(tmp_path / "one", 20, flags=[*LARGER, "--arch", arch])
+    one = run(tmp_path / "one", 20, flags=[*LARGER, "--arch", arch, "--compile", compile])
     # In parts too: gradients are summed over the parts, then averaged over the processes.
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *TINY,
-                    "--out", tmp_path / "many", *LARGER, "--arch", arch, "--accumulate", "2"], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+                    "--out", tmp_path / "many", *LARGER, "--arch", arch, "--compile", compile, "--accumulate", "2"], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (one, tmp_path / "many"))
     difference = sum((a[name] - b[name]).square().sum() for name in a).sqrt() / sum(a[name].square().sum() for name in a).sqrt()
     # Behind gates that start at zero the first gradients are tiny, and Adam enlarges their rounding with them.
