@@ -116,8 +116,10 @@ def transfer(args):
         spread = max(best.values()) / min(best.values())
         print(f"largest over smallest best rate: {spread:.2f}")
         ax.set(xscale="log", ylim=(0.98, 1.5), xlabel="base learning rate", ylabel="loss over the lowest of its size", title=f"{title}: best rates within {spread:.2f}x")
+        ax.set_xticks(args.lr, [f"{lr:g}" for lr in args.lr])
+        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         ax.legend(fontsize=8, title="depth x width", title_fontsize=8)
-    figure.suptitle(f"Learning-rate transfer: {args.arch}, {args.parametrization}, {args.steps} steps of 16 images, {args.seeds} seeds")
+    figure.suptitle(f"Learning-rate transfer: {args.arch}, {args.parametrization}, {args.steps} steps of 16 images, seeds: {args.seeds}")
     save(figure, f"transfer_{args.arch}_{args.parametrization}.png")
 
 
