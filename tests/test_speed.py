@@ -12,7 +12,7 @@ import sweep
 import train
 from data import DataConfig, load_data
 from model import DiT, ModelConfig
-from test_train import TINY, assert_same_point, point, run, short_runs_allowed  # noqa: F401 (a fixture)
+from test_train import assert_same_point, point, run, short_runs_allowed  # noqa: F401 (a fixture)
 
 
 @pytest.mark.parametrize("width, able, precision", [(64, True, "float32"), (256, True, "bfloat16"), (256, False, "float32")])
