@@ -111,7 +111,7 @@ def sincos_2d(rows, columns, width):
 def attend(q, k, v, mask=None):
     """Attention of heads, each (B, H, its tokens, head_dim) -> (B, tokens of q, W). mask: which keys are seen (None: all)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # By hand: torch's own attention on a CPU has no bfloat16 products, and takes twice as long (tests/bench_train.py).
+        # By hand: torch's own attention on a CPU has no bfloat16 products, and takes twice as long.
         with torch.autocast("cpu", enabled=False):   # which would copy the scores to float32 and back; the softmax sums in float32 by itself
             scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)                # (B, H, T, T)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
