@@ -26,6 +26,7 @@ import textwrap
 import time
 import uuid
 import warnings
+from argparse import ArgumentParser
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 TEXT_HUB_NAMES = {"clip": "openai/clip-vit-large-patch14", "t5": "google-t5/t5-base"}  # both come as safetensors
 
@@ -98,6 +100,39 @@ def data_config_of(saved, data):
     kept = saved if same else {
         name: saved[name] for name in ("resolution", "captions", "text", "text_tokens", "text_dim") if name in saved}
     return DataConfig(**{**kept, "data": data})
+
+
+# ---- flags ------------------------------------------------------------------------------------------------------------
+
+def parse_flags(types, description, presets={}, positional=None, rest=False, argv=None):
+    """One instance of each dataclass from the command line. What is wrong is one line, and exit status 2.
+
+    presets: {name: defaults that --preset name puts in the place of the fields' own}; a flag given wins over both.
+    positional: the field that a first word without a flag is for. rest: return what is not understood as a last list.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
+    parser = HfArgumentParser(types, description=description.splitlines()[0], allow_abbrev=False)
+
+    def error(message):
+        print(f"{parser.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+    parser.error = error
+    if presets:
+        first = ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", default=next(iter(presets)))
+        first.error = error
+        parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
+    try:
+        *configs, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except ValueError as problem:
+        error(problem)
+    if rest:
+        return [*configs, unknown]
+    if unknown:
+        error(f"unknown flag or value {' '.join(unknown)} (--help lists the flags)")
+    return configs
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -164,6 +199,12 @@ def random_bits(seed, index, draws):
     return mix(mix(h[:, None] ^ (counter * 0x9E3779B9 & 0xFFFFFFFF)) + counter & 0xFFFFFFFF) >> 8
 
 
+def seeded(*numbers, device="cpu"):
+    """A generator that depends on the numbers alone: (seed, step, micro-batch), never on the rank."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+
 # ---- captions ------------------------------------------------------------------------------------------------------
 
 class HashText:
@@ -209,7 +250,22 @@ def to_levels(x):
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-class Pixels:
+class Source:
+    """What all data sets share."""
+
+    def use_training_encoders(self, encoders):
+        """See a data set as the model does that was trained on latents or features of `encoders`: checks that the set's are the
+        same networks, and takes over the scale and shift of the training set. Raises ValueError where they are others."""
+        for what in ("text", "vae"):
+            its, models = self.encoders.get(what, {}), encoders.get(what, {})
+            if its.get("sha256") != models.get("sha256"):
+                name = lambda about: f"{about['name']} (SHA-256 {about['sha256']})" if about else "none"
+                raise ValueError(f"--data {self.config.data}: its {what} encoder is {name(its)}, the model was trained with {name(models)}")
+        if "vae" in encoders:
+            self.normalise(encoders["vae"]["shift"], encoders["vae"]["scale"])
+
+
+class Pixels(Source):
     """What all sources of 8-bit images share. `encoders`: which networks made the data, {} for none; `prefetch`: whether the
     next batch is worth a thread of its own; `latents`: whether x is a latent rather than pixels."""
 
@@ -717,18 +773,6 @@ def input_shape(config):
     return dict(channels=channels, size=size, text_tokens=config.text_tokens, text_dim=text_dim(config))
 
 
-def adopt(data, encoders):
-    """See a data set as the model does that was trained on latents or features of `encoders`: checks that the set's are the same
-    networks, and takes over the scale and shift of the training set. Raises ValueError where they are others."""
-    for what in ("text", "vae"):
-        its, models = data.encoders.get(what, {}), encoders.get(what, {})
-        if its.get("sha256") != models.get("sha256"):
-            name = lambda about: f"{about['name']} (SHA-256 {about['sha256']})" if about else "none"
-            raise ValueError(f"--data {data.config.data}: its {what} encoder is {name(its)}, the model was trained with {name(models)}")
-    if "vae" in encoders:
-        data.normalise(encoders["vae"]["shift"], encoders["vae"]["scale"])
-
-
 # ---- text encoders -----------------------------------------------------------------------------------------------------------
 
 def weights_digest(network):
@@ -947,7 +991,7 @@ class Shard:
         return self.text[self.text_ends[k]:self.text_ends[k + 1]]
 
 
-class Latents(Ordered):
+class Latents(Ordered, Source):
     """Prepared latents and text features. x = (mean + std n - shift) / scale: a fresh n for each use in training, mean 0 and
     standard deviation 1 in each channel. An image of the validation set is never trained on, copies included."""
 
@@ -1324,7 +1368,6 @@ def look(config, settings):
 
 
 def main():
-    from model import parse_flags  # the only thing of ours that this file uses, and only as a script
     preparing = sys.argv[1:2] == ["prepare"]
     config, settings = parse_flags((DataConfig, PrepareConfig if preparing else LookConfig), __doc__, positional="command",
                                    presets={"prepare": {"resolution": 256}} if preparing else {})

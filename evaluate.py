@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 import flow
 import train
-from data import (COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, DataConfig, Scenes, adopt, data_config_of, load_data,
-                  save_grid)
-from model import DiT, ModelConfig, parse_flags
+from data import (COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, DataConfig, Scenes, data_config_of, load_data,
+                  parse_flags, save_grid, seeded)
+from model import DiT, ModelConfig
 
 IMAGES = {"vlb": 500, "nll": 250, "fd": 2000}   # of a quick grid; the paper's protocol is --n 10000
 PARTIAL_SECONDS = 60                            # how much work a kill -9 may cost
@@ -414,7 +414,7 @@ def summary(values):
 def with_noise(data, config, index):
     """Validation images with their uniform noise (latents: drawn from the VAE's posterior), fixed by (seed, first image): x (B, C, R, R), text, text_mask."""
     raw, text, text_mask = data.batch("validation", index)
-    return data.to_x(raw, train.seeded("u", config.seed, index[0].item())), text, text_mask
+    return data.to_x(raw, seeded("u", config.seed, index[0].item())), text, text_mask
 
 
 def bits(nats, data):
@@ -427,7 +427,7 @@ def loss_metrics(models, data, precision, config, n, where, partial):
     """The validation loss as the trainer computes it, per element: {"val_loss_ema", and "val_loss" of raw weights}."""
     metrics = {}
     for kind, model in models.items():
-        losses, times = train.validation_losses(model, data, train.TrainConfig(val_images=n, precision=precision), *ranks())
+        losses, times = train.validation_losses(model, data, n, precision, *ranks())
         number = {**summary(losses), "weights": kind}
         if number["value"] is not None:
             number["by_time"] = flow.loss_by_time(losses, times)
@@ -442,7 +442,7 @@ def likelihood_metrics(metric, models, data, precision, config, n, where, partia
     """
     def compute(index):
         x, text, text_mask = with_noise(data, config, index)
-        seed = train.seeded(metric, config.seed, index[0].item()).initial_seed()
+        seed = seeded(metric, config.seed, index[0].item()).initial_seed()
         with train.autocast(x.device, precision):
             if metric == "vlb":
                 bound = flow.vlb(models["ema"], x, text, text_mask, config.vlb_times, seed)
@@ -505,7 +505,7 @@ def distance_metrics(models, data, precision, config, n, where, partial, network
     yardstick that a perfect model would fall below.
     """
     def compute(index):
-        x = train.sample_data(models["ema"], data, train.TrainConfig(precision=precision), index, config.steps, config.solver,
+        x = train.sample_data(models["ema"], data, precision, index, config.steps, config.solver,
                               config.guidance, config.seed)
         levels = data.to_levels(x.nan_to_num())
         if config.save_images:
@@ -546,7 +546,7 @@ def save_samples(path, model, data, precision, config, title):
     index = torch.arange(min(config.samples, data.validation_images or config.samples))
     groups = [data.images("validation", index)]
     for guidance in config.picture_guidance:
-        groups.append(data.to_levels(train.sample_data(model, data, train.TrainConfig(precision=precision), index, config.steps,
+        groups.append(data.to_levels(train.sample_data(model, data, precision, index, config.steps,
                                                        config.solver, guidance, config.seed)))
     columns = ["held-out image", *(f"sample, guidance {guidance:g}" for guidance in config.picture_guidance)]
     save_grid(path, groups, data.captions("validation", index),
@@ -617,7 +617,7 @@ def evaluate(config):
             if data_config not in sources:
                 sources[data_config] = load_data(data_config, 0, device)
             data = sources[data_config]
-            adopt(data, definition.get("encoders", {}))
+            data.use_training_encoders(definition.get("encoders", {}))
             if data.shape != shape:
                 raise ValueError(f"--data {dataset} gives {data.shape}, the model takes {shape}")
             name = name_of(dataset)
@@ -662,7 +662,7 @@ def evaluate(config):
     for name, (_, path, model, data, precision, definition) in pictures.items() if config.samples and rank == 0 else ():
         target = os.path.join(os.path.dirname(path) or ".", f"samples_{name}.png")
         which = " ".join(os.path.dirname(os.path.abspath(path)).split(os.sep)[-2:])   # the run and its budget
-        adopt(data, definition.get("encoders", {}))   # the next model's scale and shift may have come in between
+        data.use_training_encoders(definition.get("encoders", {}))   # the next model's scale and shift may have come in between
         save_samples(target, model, data, precision, config, f"{which} on {name}")
         print(f"written: {target}")
 

@@ -17,7 +17,6 @@ B batch, T tokens in the sequence, S text tokens, W width, H heads, F features o
 """
 import math
 import sys
-from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from typing import Literal, Optional, get_args
 
@@ -25,42 +24,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from transformers import HfArgumentParser
 
 MUP_BASE_WIDTH = 64  # under mup, `lr` is the rate of a model of this width
 TIME_FEATURES = 256  # sines and cosines that a time is turned into, as in DiT
 Arch = Literal["incontext", "cross", "mmdit"]
-
-
-def parse_flags(types, description, presets={}, positional=None, rest=False, argv=None):
-    """One instance of each dataclass from the command line. What is wrong is one line, and exit status 2.
-
-    presets: {name: defaults that --preset name puts in the place of the fields' own}; a flag given wins over both.
-    positional: the field that a first word without a flag is for. rest: return what is not understood as a last list.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if positional and argv and not argv[0].startswith("-"):
-        argv = [f"--{positional}", *argv]
-    parser = HfArgumentParser(types, description=description.splitlines()[0], allow_abbrev=False)
-
-    def error(message):
-        print(f"{parser.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
-    parser.error = error
-    if presets:
-        first = ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--preset", default=next(iter(presets)))
-        first.error = error
-        parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
-    try:
-        *configs, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except ValueError as problem:
-        error(problem)
-    if rest:
-        return [*configs, unknown]
-    if unknown:
-        error(f"unknown flag or value {' '.join(unknown)} (--help lists the flags)")
-    return configs
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import flow
 import train
-from data import DataConfig, input_shape, load_data, read_stats
-from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family, parse_flags
+from data import DataConfig, input_shape, load_data, parse_flags, read_stats
+from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family
 
 # Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
 # paper, its own law; quick, that of the sweep before results/quick (which then measured 0.022 and 0.523).
@@ -40,7 +40,7 @@ SEED_REPEATS = {(2, 40): [1]}  # the quick grid measures its own seed noise on t
 # Not for --vary: what a sweep itself sets for each run, and what changes no law.
 NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads", "allow_drift")
 # Models of fewer parameters leave most of a GPU idle, however their launches are saved: so many train side by side on one.
-# Not yet measured on a GPU: `python tests/bench_sweep.py` is the measurement.
+# Not yet measured on a GPU: `python tests/bench/grid.py` is the measurement.
 SMALL_ON_GPU, PACKED = 1e7, 4
 H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
 
@@ -195,7 +195,7 @@ def time_steps(runs, threads):
             for step in range(1, 6):
                 start = time.perf_counter()
                 batch = train.training_batch(data, config, step, 0, 1, device)
-                with train.autocast(device, train.settle(config, model_config).precision):
+                with train.autocast(device, train.resolve_auto(config, model_config).precision):
                     loss = flow.loss_per_image(model, *batch).mean()
                 loss.backward()
                 optimizer.step()
@@ -257,7 +257,7 @@ def estimate(runs, jobs, threads):
 
 def check_folder(run, encoders):
     """Raises ValueError where the folder belongs to another configuration or holds a torn record. -> all budgets done?"""
-    definition = train.definition_of(*run.configs[:2], train.settle(run.configs[2], run.configs[0]), encoders)
+    definition = train.definition_of(*run.configs[:2], train.resolve_auto(run.configs[2], run.configs[0]), encoders)
     train.check_earlier_run(run.folder, definition)
     return all([train.read_record(os.path.join(train.point_folder(run.folder, budget), "result.json"), budget) is not None
                 for budget in run.steps])

@@ -11,7 +11,6 @@ The same command resumes a run that was interrupted, and does nothing where ever
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import math
@@ -33,8 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
-from data import DataConfig, about_remarks, differences, load_data, one_line, save_grid, write_json, write_whole
-from model import FAMILY_CONFIG, DiT, ModelConfig, parse_flags
+from data import (DataConfig, about_remarks, differences, load_data, one_line, parse_flags, save_grid, seeded, write_json,
+                  write_whole)
+from model import FAMILY_CONFIG, DiT, ModelConfig
 
 try:
     import fcntl
@@ -46,7 +46,7 @@ MIN_STEPS, MIN_WARMUPS = 50, 5   # below 50 steps or 5 warm-ups a point says mor
 CHECKPOINT_SECONDS = 60          # how much work a kill -9 may cost
 LOG_STEPS = 10                   # the losses of so many steps are fetched from the device at once
 VALIDATION_SEED, VALIDATION_IMAGES, VALIDATION_BATCH = 0, 8192, 64
-CPU_BFLOAT16_WIDTH = 128         # from here on in bfloat16 on CPUs that multiply it (python tests/bench_train.py rules)
+CPU_BFLOAT16_WIDTH = 128         # from here on in bfloat16 on CPUs that multiply it (python tests/bench/speed.py rules)
 THREAD_WIDTH = 16                # a thread for less than this brings nothing (the same)
 GRAPH_WIDTH = 1024               # on a GPU narrower models wait for kernel launches, which CUDA graphs replay (not measured yet)
 RAW_SHARE = 16                   # raw weights are compared with their average on one validation image in so many
@@ -120,12 +120,6 @@ class TrainConfig:
 
 
 # ---- small parts -------------------------------------------------------------------------------------------------------
-
-def seeded(*numbers, device="cpu"):
-    """A generator that depends on the numbers alone: (seed, step, micro-batch), never on the rank."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
-
 
 def ema_exponent(relative_width):
     """gamma of the power-function average whose width is this share of the training so far.
@@ -224,14 +218,14 @@ def validation_batches(data, images, rank=0, world=1, first=None):
         yield index, (x, eps, t, text, text_mask)
 
 
-def validation_losses(model, data, config, rank=0, world=1, first=None):
+def validation_losses(model, data, n, precision, rank=0, world=1, first=None):
     """Loss of each validation image (n,), and its time (n,): float32 on the CPU, complete on every rank.
 
     first: only so many of them (the end of a batch), and n is that.
     """
-    losses, times = torch.zeros(config.val_images), torch.zeros(config.val_images)
-    for index, batch in validation_batches(data, config.val_images, rank, world, first):
-        with autocast(batch[0].device, config.precision):
+    losses, times = torch.zeros(n), torch.zeros(n)
+    for index, batch in validation_batches(data, n, rank, world, first):
+        with autocast(batch[0].device, precision):
             losses[index] = flow.validation_loss(model, [batch])
         times[index] = batch[2].cpu()
     if world > 1:
@@ -241,12 +235,12 @@ def validation_losses(model, data, config, rank=0, world=1, first=None):
     return losses[:first], times[:first]
 
 
-def sample_data(model, data, config, index, steps=16, solver="heun", guidance=3.0, seed=VALIDATION_SEED):
+def sample_data(model, data, precision, index, steps=16, solver="heun", guidance=3.0, seed=VALIDATION_SEED):
     """Samples x for the captions of validation images `index`, like x, not clipped. Noise depends on (seed, index) alone."""
     raw, text, text_mask = data.batch("validation", index)
     shape = data.shape["channels"], data.shape["size"], data.shape["size"]
     eps = torch.stack([torch.randn(shape, generator=seeded("sample", seed, i)) for i in index.tolist()]).to(raw.device)
-    with autocast(raw.device, config.precision):
+    with autocast(raw.device, precision):
         return flow.sample(model, eps, text, text_mask, steps, solver, guidance).float()
 
 
@@ -261,7 +255,7 @@ def find_device(flag):
     return device, torch.cuda.get_device_name(device)
 
 
-def settle(config, model_config):
+def resolve_auto(config, model_config):
     """The config with all that is "auto" chosen: precision, compile, threads.
 
     By model and device alone, never by the budgets: the run to a small budget stays the beginning of the run to a larger one.
@@ -390,7 +384,7 @@ def train(model_config, data_config, config):
     if config.batch // world % config.accumulate:
         raise ValueError(f"--accumulate {config.accumulate} does not divide the {config.batch // world} images of a device")
     device, device_name = find_device(config.device)
-    config = settle(config, model_config)
+    config = resolve_auto(config, model_config)
     torch.set_num_threads(config.threads)
     peak = peak_flops(device_name, config.precision)
     if world > 1 and not dist.is_initialized():
@@ -561,11 +555,11 @@ def train(model_config, data_config, config):
             save_checkpoint()
             bar.set_postfix_str(f"evaluating at {budget:g}")
             clock = time.monotonic()
-            ema_losses, times = validation_losses(ema, data, config, rank, world)
+            ema_losses, times = validation_losses(ema, data, config.val_images, config.precision, rank, world)
             val_loss_ema, val_loss_ema_se = flow.mean_and_standard_error(ema_losses)
             # The raw weights, by their difference from the average on a part of the images: it varies far less than the loss.
             part = min(config.val_images, max(1, config.val_images // RAW_SHARE // VALIDATION_BATCH) * VALIDATION_BATCH)
-            raw_losses, _ = validation_losses(model, data, config, rank, world, first=part)
+            raw_losses, _ = validation_losses(model, data, config.val_images, config.precision, rank, world, first=part)
             gap, gap_se = flow.mean_and_standard_error(raw_losses - ema_losses[:part])
             val_loss, val_loss_se = val_loss_ema + gap, math.hypot(val_loss_ema_se, gap_se)
             if not math.isfinite(val_loss_ema + val_loss):
@@ -575,7 +569,7 @@ def train(model_config, data_config, config):
                 os.makedirs(folder, exist_ok=True)
                 index = torch.arange(min(SAMPLES, config.val_images))
                 try:
-                    samples = data.to_levels(sample_data(ema, data, config, index, SAMPLE_STEPS))
+                    samples = data.to_levels(sample_data(ema, data, config.precision, index, SAMPLE_STEPS))
                     save_grid(os.path.join(folder, "samples.png"), [data.images("validation", index), samples],
                               data.captions("validation", index), f"{os.path.basename(out)}, budget {budget:g}: held-out image | "
                               f"sample for its caption (EMA weights, {SAMPLE_STEPS} Heun steps, guidance 3)")

@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TESTS = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(TESTS), os.path.join(TESTS, "bench")]
 torch.set_num_threads(1)  # the models here are small; and a process at a time is what the machine of CI has
 
 

@@ -423,7 +423,8 @@ def make(out, path, encoders, text="clip", **more):
 
 def run(out, *flags, budget="1e9"):
     """train.py in this process -> its records."""
-    from model import ModelConfig, parse_flags
+    from data import parse_flags
+    from model import ModelConfig
     configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), train.__doc__, train.PRESETS, argv=[
         "--depth", "1", "--width", "8", "--warmup", "1", "--device", "cpu", "--threads", "1", "--out", str(out), "--budget", budget, *flags])
     return train.train(*configs)
@@ -611,7 +612,7 @@ def test_evaluation_of_latents_with_the_normalisation_of_the_training(tmp_path, 
         assert metrics["fd_scenes"]["value"] > 0 and "own pixels" in metrics["fd_scenes"]["protocol"]["reference"]
     latents, foreign = (load_data(DataConfig(data=str(one))) for one in (prepared, other))
     assert not torch.equal(latents.shift, foreign.shift)
-    data.adopt(foreign, latents.encoders)
+    foreign.use_training_encoders(latents.encoders)
     assert torch.equal(latents.shift, foreign.shift) and torch.equal(latents.scale, foreign.scale)
 
 

@@ -20,9 +20,9 @@ def test_precision_compile_and_threads_follow_from_model_and_device(width, able,
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    chosen = [train.settle(train.TrainConfig(device="cpu", budget=budget), ModelConfig(width=width)) for budget in ([1e9], [1e11, 1e15])]
+    chosen = [train.resolve_auto(train.TrainConfig(device="cpu", budget=budget), ModelConfig(width=width)) for budget in ([1e9], [1e11, 1e15])]
     assert [(one.precision, one.compile, one.threads) for one in chosen] == 2 * [(precision, "off", 4 if width == 64 else 6)]
-    asked = train.settle(train.TrainConfig(device="cpu", precision="float32", compile="on", threads=2), ModelConfig(width=width))
+    asked = train.resolve_auto(train.TrainConfig(device="cpu", precision="float32", compile="on", threads=2), ModelConfig(width=width))
     assert (asked.precision, asked.compile, asked.threads) == ("float32", "on", 2)
 
 

@@ -212,8 +212,8 @@ def test_start_loss_and_record(tmp_path):
 
 def test_the_loss_at_start_is_one_plus_the_second_moment():
     """Over enough images: the difference is within four standard errors of nothing."""
-    data, config = load_data(DataConfig()), train.TrainConfig(val_images=512, precision="float32")
-    losses, _ = train.validation_losses(DiT(ModelConfig(), **data.shape), data, config)
+    data = load_data(DataConfig())
+    losses, _ = train.validation_losses(DiT(ModelConfig(), **data.shape), data, 512, "float32")
     expected = np.mean([1 + b[0].square().mean().item() for _, b in train.validation_batches(data, 512)])
     assert losses.mean().item() == pytest.approx(expected, abs=4 * losses.std().item() / 512 ** 0.5)
     assert losses.std().item() / 512 ** 0.5 < 0.02
@@ -389,7 +389,7 @@ def test_the_average_carries_no_graph(tmp_path, monkeypatch):
 
 
 def test_preset_paper_is_the_papers(capsys):
-    from model import parse_flags
+    from data import parse_flags
     model, _, config = parse_flags((ModelConfig, DataConfig, train.TrainConfig), "x", train.PRESETS, argv=["--preset", "paper", "--depth", "9"])
     assert (model.width, model.head_dim, model.qk_norm, model.parametrization) == (576, 64, False, "sp")
     assert (config.batch, config.lr, config.count) == (1024, 1e-4, "6nd")

@@ -1,4 +1,4 @@
-"""Encoders of no weight in their genuine formats, and data sets in theirs, for tests and bench_data.py. Nothing is downloaded."""
+"""Encoders of no weight in their genuine formats, and data sets in theirs, for tests and reading.py. Nothing is downloaded."""
 import io
 import json
 import tarfile

@@ -1,14 +1,14 @@
-"""How fast is a training step, beside the device's matrix products, its peers and its own products? python tests/bench_train.py [names ...]
+"""How fast is a training step, beside the device's matrix products, its peers and its own products? python tests/bench/speed.py [names ...]
 
     family   the paper's family in the three architectures: images/s, MFU, memory, where the time of a step goes
     peers    our three against diffusers' DiT, PixArt and SD3 of the same size: the same whole step, in turns
     scenes   scenes drawn a second, beside what the smallest quick model trains on
     bare     (CPU) our step against a bare loop over the same products
-    rules    (CPU) a step by width, precision, threads and torch.compile: what the constants of train.settle rest on
+    rules    (CPU) a step by width, precision, threads and torch.compile: what the constants of train.resolve_auto rest on
 
 Without names all of them, on a GPU the first three. A step is the trainer's: loss, backward, clip, fused AdamW, average of the weights,
-on one batch of random numbers, in the precision and with the torch.compile that train.settle chooses. Compilation and warm-up
-are beside the clock, rates are medians. With the environment variable OUT each row is also a JSON line of $OUT/bench_train.json.
+on one batch of random numbers, in the precision and with the torch.compile that train.resolve_auto chooses. Compilation and warm-up
+are beside the clock, rates are medians. With the environment variable OUT each row is also a JSON line of $OUT/speed.json.
 On a GPU a name, an --arch or a --depth at a time keeps a call short: torch.compile takes a minute for a deep model.
 """
 import argparse
@@ -30,7 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), os.path.dirname(HERE), HERE]
 import flow
 import train
 from data import DataConfig, load_data
@@ -122,8 +123,8 @@ class Machine:
         table.end()
 
     def settled(self, model_config, **changes):
-        torch.set_num_threads(THREADS)   # train.settle chooses among these
-        return train.settle(train.TrainConfig(lr=1e-4, device=self.device.type, **changes), model_config)
+        torch.set_num_threads(THREADS)   # train.resolve_auto chooses among these
+        return train.resolve_auto(train.TrainConfig(lr=1e-4, device=self.device.type, **changes), model_config)
 
 
 # ---- a step ------------------------------------------------------------------------------------------------------------
@@ -449,7 +450,7 @@ def bench_rules(machine, widths=(16, 64, 128, 256, 384), compiled=(64, 256), dep
     headings = {variant: f"{variant[0]} x {variant[1]}" for variant in variants}
     table = Table("rules", f"ms of a step; depth {depth}, {batch} scenes, heads of 8 below width 128 and 32 from there; precision x threads, median of {turns} "
                   f"turns of {steps}. compiled: as the rule says but with --compile on, and after how many steps that has paid for itself",
-                  {"width": "5d", "N": "9,d", **{heading: "13.1f" for heading in headings.values()}, "train.settle": "<12", "its": "6.1f", "costs": "6.0%",
+                  {"width": "5d", "N": "9,d", **{heading: "13.1f" for heading in headings.values()}, "train.resolve_auto": "<12", "its": "6.1f", "costs": "6.0%",
                    "compiled": "8.1f", "compile s": "9.0f", "pays after": "10,d"}, len(widths))
     for width in widths:
         model_config = ModelConfig(depth=depth, width=width, head_dim=8 if width < 128 else 32)
@@ -468,10 +469,10 @@ def bench_rules(machine, widths=(16, 64, 128, 256, 384), compiled=(64, 256), dep
             if found["compiled"] < chosen:
                 values["pays after"] = round(runners[-1].warm_up_seconds / (chosen - found["compiled"]))
         table.row({"width": width, "N": sum(weight.numel() for weight in runners[0].weights), **{headings[v]: 1e3 * found[v] for v in variants},
-                   "train.settle": f"{rule.precision[:1]}{rule.precision[-2:]} x {rule.threads}",
+                   "train.resolve_auto": f"{rule.precision[:1]}{rule.precision[-2:]} x {rule.threads}",
                    "its": 1e3 * chosen, "costs": chosen / min(found[v] for v in tried) - 1, **values})
         free()
-    table.end("its: the step in the precision and threads that train.settle chooses; costs: how much longer it takes than the fastest of these")
+    table.end("its: the step in the precision and threads that train.resolve_auto chooses; costs: how much longer it takes than the fastest of these")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Where does a training step's time go? python tests/bench_step.py [width ...]
+"""Where does a training step's time go? python tests/bench/step.py [width ...]
 
 Prints, for models of depth 2 on scenes (one thread, as a run of the quick grid), the median milliseconds of each part of
 a step over 60 steps, its share, the rate by our exact FLOP count, and the resident memory of the process.
@@ -12,7 +12,8 @@ import time
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), os.path.dirname(HERE), HERE]
 import flow
 import train
 from data import DataConfig, load_data

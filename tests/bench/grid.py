@@ -1,4 +1,4 @@
-"""What does a sweep cost, beside separate runs and beside what its FLOPs need? python tests/bench_sweep.py [FOLDER]
+"""What does a sweep cost, beside separate runs and beside what its FLOPs need? python tests/bench/grid.py [FOLDER]
 
     paper    (dry run) the FLOPs of the paper's grid, each model trained once, over those of a run for each of its points
     grid     a small quick grid trained now into a temporary folder, by 1 job and by one a core (on a GPU: 1, 2, 4 and 8 jobs
@@ -10,7 +10,7 @@ With FOLDER, an existing sweep such as results/quick: only the last, of its reco
 ideal: all FLOPs of a size at the rate of the best of its linear layers, forward and backward, alone, with the threads of a job and in
 as many processes at once as the sweep has jobs. floor: the same for its linear layers, and for attention the time of model.attend alone,
 which with heads of 8 is far below the rate of a matrix product. Both know nothing of norms, data, the optimiser or Python.
-With the environment variable OUT each row is also a JSON line of $OUT/bench_sweep.json. Two to four minutes on two cores.
+With the environment variable OUT each row is also a JSON line of $OUT/grid.json. Two to four minutes on two cores.
 """
 import argparse
 import dataclasses
@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), os.path.dirname(HERE), HERE]
 import sweep
 import train
-from bench_train import DTYPES, THREADS, Attend, Linear, Table, between, mark, positive, products, refuse
+from speed import DTYPES, THREADS, Attend, Linear, Table, between, mark, positive, products, refuse
 from data import DataConfig, input_shape
 from model import DiT, ModelConfig
 

@@ -1,4 +1,4 @@
-"""How fast are prepared latents read, and what does `prepare` cost beside its encoders? python tests/bench_data.py [folder]
+"""How fast are prepared latents read, and what does `prepare` cost beside its encoders? python tests/bench/reading.py [folder]
 
 First table: random rows of synthetic shards (32 x 32 x 4 latents of both mirrors, 77 x 768 CLIP features, float16; written to
 `folder` or a temporary one, 0.9 GB) from a warm page cache, by one reader and by two side by side: images/s, bytes read an image,
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), os.path.dirname(HERE), HERE]
 import data
 import flow
 import tiny

@@ -1,10 +1,10 @@
 """Does one learning rate serve all sizes? Two pictures, into results/mup.
 
-    python tests/bench_mup.py coordinates      how far the first steps move activations, over the width, for all three archs (a minute)
-    python tests/bench_mup.py transfer         the loss over the base learning rate at widths 32 to 256 of one depth, and along the
+    python tests/bench/mup.py coordinates      how far the first steps move activations, over the width, for all three archs (a minute)
+    python tests/bench/mup.py transfer         the loss over the base learning rate at widths 32 to 256 of one depth, and along the
                                                quick family: 80 short runs of train.py, 15 to 20 minutes on two idle cores
-    python tests/bench_mup.py transfer --parametrization sp          the same with one rate for all matrices
-    python tests/bench_mup.py transfer --arch mmdit --steps 1000     another architecture, longer runs
+    python tests/bench/mup.py transfer --parametrization sp          the same with one rate for all matrices
+    python tests/bench/mup.py transfer --arch mmdit --steps 1000     another architecture, longer runs
 
 Runs that are done are kept in results/mup/runs and not made again. The best rate is the vertex of a parabola of ln loss in ln rate
 through the lowest point and its neighbours; where the lowest lies at an end of the rates, it is only a bound and is marked so.
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from data import DataConfig
 from model import DiT, ModelConfig
 from test_model import ARCHS, changes
