@@ -13,6 +13,7 @@ is a frozen pseudo-random vector), or by CLIP or T5. Nothing that is downloaded 
     python data.py look --data PATH --out look.png        a contact sheet, to check before a budget is spent
     python data.py prepare --data PATH --resolution 256 --vae stabilityai/sd-vae-ft-mse --text clip --out prepared
 """
+import contextlib
 import errno
 import glob
 import hashlib
@@ -135,6 +136,22 @@ def parse_flags(types, description, presets={}, positional=None, rest=False, arg
     return configs
 
 
+def ranks():
+    """This process among those of torchrun: its number, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def errors_in_one_line(script):
+    """Errors are one line on stderr. Exit status 2 for bad input (ValueError), 1 for all else that may go wrong."""
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        if ranks()[0] == 0 or not isinstance(error, ValueError):   # bad input is the same for all ranks
+            print(f"{script}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 def one_line(error):
@@ -165,6 +182,30 @@ def write_json(path, content):
         with open(temporary, "w") as file:
             file.write(text + "\n")
     write_whole(path, write)
+
+
+def write_array(path, array):
+    def write(temporary):
+        with open(temporary, "wb") as file:  # np.save would add .npy to the temporary name
+            np.save(file, array)
+    write_whole(path, write)
+
+
+def read_json(path, keys, mend):
+    """The dictionary in a file, None where there is no such file.
+
+    keys: what it must hold. mend: what to do with a torn or foreign file, the end of the ValueError's line.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        if isinstance(content, dict) and all(key in content for key in keys):
+            return content
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    raise ValueError(f"{path}: torn, or not of isoflow: {mend}")
 
 
 def differences(saved, current, prefix=""):

@@ -241,6 +241,13 @@ def parabolas(P, W, Y, factor=FACTOR):
     return out
 
 
+def points_in_windows(folder):
+    """The result.json files of a results directory whose points the parabolas of the loss use. Raises BadInput or Refused."""
+    P = points(read_results(folder))
+    window = parabolas(P, np.ones((1, len(P["N"]))), P["Y"])["window"][0]
+    return [record["source"] for record, used in zip(P["records"], window) if used]
+
+
 def alone(P, W, y):
     """parabolas() of a metric in place of the loss, at the points that have it; y (R, n) or (1, n), nan where they do not."""
     return parabolas(P, W * np.isfinite(y), {"L": np.nan_to_num(y)})
