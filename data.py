@@ -105,6 +105,21 @@ def data_config_of(saved, data):
 
 # ---- flags ------------------------------------------------------------------------------------------------------------
 
+def flag(default, help):
+    """A field of a configuration: one flag of the command line, with its line of --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def check_flags(config, names, test, must):
+    """Raise a ValueError that names the flag where a value that is given fails the test."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not test(value):
+            raise ValueError(f"--{name} {value}: must be {must}")
+
+
 def parse_flags(types, description, presets={}, positional=None, rest=False, argv=None):
     """One instance of each dataclass from the command line. What is wrong is one line, and exit status 2.
 

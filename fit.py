@@ -28,7 +28,7 @@ import numpy as np
 from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats would cost a second at every start
 from tqdm import tqdm
 
-FACTOR, NEAREST = 4.0, 7  # the parabola's window: sizes within 4x of the lowest, but never fewer than the 7 nearest
+WINDOW, NEAREST = 4.0, 7  # the parabola's window: sizes within 4x of the lowest, but never fewer than the 7 nearest
 HUBER = 1e-3              # width of the Huber loss on ln L, in the parametric fit (Hoffmann et al. 2022)
 PAPER = {"N": (0.0009, 0.5681), "D": (186.8535, 0.4319), "L": (2.3943, -0.0273)}  # y = k C^p (arXiv 2410.08184)
 PAPER_TOKENS, PAPER_BATCH, PAPER_ASPECT = 256 + 77 + 1, 1024, 64  # per image: image, text, time; the paper prints no split
@@ -200,7 +200,7 @@ def quadratic(z, w, y, degree=2):
     return np.linalg.solve(A + 1e-13 * np.eye(degree + 1), np.einsum("rp,rp,pi->ri", w, y, X)[..., None])[..., 0]
 
 
-def parabolas(P, W, Y, factor=FACTOR):
+def parabolas(P, W, Y, factor=WINDOW):
     """The vertex of a parabola of ln loss in ln N at each budget, for R variants of the data at once.
 
     W (R, n) weights of the points (0 leaves one out, 2 counts it twice); Y[name] (R, n) or (1, n) the logs of "L" and of

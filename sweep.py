@@ -4,401 +4,446 @@
     python sweep.py --dry-run              what it would do: models, steps, FLOPs, time
     python sweep.py --preset paper --dry-run
     python sweep.py --data PATH --out results/mine --budget 1e11 1e12 --width 16 32 64
-    python sweep.py --vary arch=incontext,cross,mmdit       an experiment: a grid for each value, and their laws compared
+    python sweep.py --vary arch=incontext,cross,mmdit       a grid for each value, laws compared
 
-Any flag of train.py can be given, and goes to every run. A sweep is nothing more than those commands: one run
-per model and seed, each to the last budget at which its size is useful, then `fit.py` on the results. --vary takes any of
-those flags: captions=dense,sparse, lr=0.003,0.006,0.012, resolution=16,32, t_sampling=logit_normal,uniform, aspect=8,16,32
-(depth against width at the same N) and images=1000,10000,all (so many training images, seen again and again).
+A sweep takes any flag of train.py and hands it to every run. It is nothing more than those
+commands: one run for each model and seed, to the last budget at which the size is useful, then
+`fit.py` on the results. --vary takes any of those flags: captions=dense,sparse, lr=0.003,0.006,
+resolution=16,32, aspect=8,16,32 (depth against width at the same N), images=1000,10000,all.
 """
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
 from typing import List, Literal, Optional
 
 import torch
 from tqdm import tqdm
 
-import flow
 import train
-from data import DataConfig, input_shape, load_data, parse_flags, read_stats
+from data import (DataConfig, check_flags, errors_in_one_line, flag, input_shape, load_data,
+                  parse_flags, read_stats)
+from fit import WINDOW
 from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family
 
-# Where the law is expected, N*(C) = coefficient * C^exponent, only to leave out sizes that are of no use at a budget:
-# paper, its own law; quick, that of the sweep before results/quick (which then measured 0.022 and 0.523).
+# The expected law N*(C) = coefficient * C^exponent. It only leaves out sizes that are of no use at
+# a budget. paper: its own law. quick: that of the sweep before results/quick.
 EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.029, 0.512)}
-BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18], "quick": [6.4e10, 1.28e11, 2.56e11, 5.12e11, 1.024e12, 2.048e12]}
-WINDOW = 6.5  # a size is read where it is within this factor of the expected optimum, or twice that where little is known of it
-SEED_REPEATS = {(2, 40): [1]}  # the quick grid measures its own seed noise on the size in the middle
-# Not for --vary: what a sweep itself sets for each run, and what changes no law.
-NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads", "allow_drift")
-# Models of fewer parameters leave most of a GPU idle, however their launches are saved: so many train side by side on one.
-# Not yet measured on a GPU: `python tests/bench/grid.py` is the measurement.
-SMALL_ON_GPU, PACKED = 1e7, 4
-H100_FLOPS = 989e12 * 0.4  # a dry run on a laptop states the paper's grid in hours of this device at 40% MFU
-
+BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18],
+           "quick": [6.4e10, 1.28e11, 2.56e11, 5.12e11, 1.024e12, 2.048e12]}
+TRAINED = 1.625 * WINDOW        # sizes within this factor of the expected optimum are trained
+SEED_REPEATS = {(2, 40): [1]}   # the quick grid repeats its middle size, to measure seed noise
+# Not for --vary: what a sweep sets for each run itself, and what changes no law.
+NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads")
+H100_FLOPS = 989e12 * 0.4       # a grid that can't be timed is stated in H100-hours at 40% MFU
+HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class SweepConfig:
-    preset: Literal["quick", "paper"] = field(default="quick", metadata={"help": "the family, budgets and training defaults"})
-    out: Optional[str] = field(default=None, metadata={"help": "folder of the sweep (default: results/my-PRESET)"})
-    budget: Optional[List[float]] = field(default=None, metadata={"help": "training FLOPs, rising (default: the preset's)"})
-    depth: Optional[List[int]] = field(default=None, metadata={"help": "depths; one for all widths, or one for each"})
-    width: Optional[List[int]] = field(default=None, metadata={"help": "widths (default: aspect * depth, or the preset's sizes)"})
-    seeds: Optional[List[int]] = field(default=None, metadata={
-        "help": "each size is run with each of these seeds (default: 0, and in the quick grid the middle size also with 1)"})
-    window: Optional[float] = field(default=None, metadata={
-        "help": "read a size only at the budgets whose expected optimum is within this factor of it (default: 6.5, and 13 where "
-                "--arch, --resolution or --images are others than those that it was measured with)"})
-    vary: Optional[str] = field(default=None, metadata={
-        "help": "KEY=A,B[,C]: a grid for each value of a flag of train.py, in OUT/KEY_A and so on, and a comparison in OUT/law"})
-    jobs: Optional[int] = field(default=None, metadata={"help": f"runs side by side (default: one a CPU core; on a GPU {PACKED} of fewer than {SMALL_ON_GPU:.0e} parameters, or one larger)"})
-    dry_run: bool = field(default=False, metadata={"help": "print the grid and the total, and stop"})
+    preset: Literal["quick", "paper"] = flag("quick", "family, budgets and training defaults")
+    out: Optional[str] = flag(None, "folder of the sweep (default: results/my-PRESET)")
+    budget: Optional[List[float]] = flag(None, "training FLOPs, rising (default: the preset's)")
+    depth: Optional[List[int]] = flag(None, "depths; one for all widths, or one for each")
+    width: Optional[List[int]] = flag(
+        None, "widths (default: aspect * depth, or the preset's sizes)")
+    seeds: Optional[List[int]] = flag(
+        None, "seeds of each size (default: 0, and in the quick grid 1 too for the middle size)")
+    window: Optional[float] = flag(
+        None, f"train a size where the expected optimum is within this factor (default: {TRAINED},"
+        f" and {2 * TRAINED:g} where --arch, --resolution or --images leave what it was measured"
+        " with)")
+    vary: Optional[str] = flag(
+        None, "KEY=A,B[,C]: a grid for each value of a flag of train.py, in OUT/KEY_A and so on, "
+        "and a comparison in OUT/law")
+    jobs: Optional[int] = flag(None, "runs side by side (default: one a GPU, or one a CPU core)")
+    dry_run: bool = flag(False, "print the grid and the total, and stop")
 
     def __post_init__(self):
-        if self.budget is not None and any(b >= c for b, c in zip(self.budget, self.budget[1:])):
-            raise ValueError(f"--budget {' '.join(f'{b:g}' for b in self.budget)}: budgets must rise")
-        if self.window is not None and self.window <= 1:
-            raise ValueError(f"--window {self.window:g}: must be above 1")
-        if self.jobs is not None and self.jobs < 1:
-            raise ValueError(f"--jobs {self.jobs}: must be at least 1")
+        check_flags(self, "window", lambda window: window > 1, "above 1")
+        check_flags(self, "jobs", lambda jobs: jobs >= 1, "at least 1")
+        budgets = self.budget or []
+        if any(one >= two for one, two in zip(budgets, budgets[1:])):
+            raise ValueError(f"--budget {' '.join(f'{b:g}' for b in budgets)}: budgets must rise")
         if self.width and self.depth and len(self.depth) not in (1, len(self.width)):
-            raise ValueError(f"--depth has {len(self.depth)} numbers and --width {len(self.width)}: give one depth, or one for each")
-
+            raise ValueError(f"--depth has {len(self.depth)} numbers and --width "
+                             f"{len(self.width)}: give one depth, or one for each width")
 
 @dataclass
 class Run:
-    """One train.py: its command line, what it will cost, how it goes."""
-    name: str
-    folder: str
+    """One train.py: its command line, and what it costs."""
     arguments: list        # the flags of train.py
-    configs: tuple         # ModelConfig, DataConfig, TrainConfig
-    N: int
+    configs: tuple         # what they mean: ModelConfig, DataConfig, TrainConfig
+    N: int                 # parameters in the blocks
     steps: dict            # {budget: steps}
-    step_flops: float      # exact count, the one that takes time
-    tokens: int
-    shape: dict            # of the input: channels, size, text_tokens, text_dim
+    step_flops: float      # in the exact count, which takes the time
+    tokens: int            # of an image
     step_seconds: Optional[float] = None
-    process: Optional[subprocess.Popen] = None
-    places: int = 1        # of those that a device has, how many the run takes
-    device: int = 0        # which GPU (0 on a CPU)
-    tries: int = 0
-    status: str = "waiting"
 
+    @property
+    def folder(self):
+        return self.configs[2].out
+
+    @property
+    def name(self):
+        return os.path.basename(self.folder)
+
+    @property
+    def last_step(self):
+        return max(self.steps.values())
+
+# ---- the plan ------------------------------------------------------------------------------------
 
 def given(flags, name):
-    """The value that a flag of train.py has on the command line, a string; None where it is not there."""
-    for flag, following in zip(flags, [*flags[1:], ""]):
-        if flag == f"--{name}" or flag.startswith(f"--{name}="):
-            return following if flag == f"--{name}" else flag.split("=", 1)[1]
-
+    """The value of a flag of train.py on the command line, a string; None where it is not there."""
+    for one, following in zip(flags, [*flags[1:], ""]):
+        if one == f"--{name}":
+            return following
+        if one.startswith(f"--{name}="):
+            return one.split("=", 1)[1]
 
 def reshaped(sizes, aspect, head_dim):
-    """The sizes with width near aspect * depth at the N that they have: depth * width^2 stays, as nearly as heads allow."""
-    found, step = [], math.lcm(4, head_dim)
+    """The sizes with a width near aspect * depth, at the N that they have.
+
+    depth * width^2 stays, as nearly as whole heads allow.
+    """
+    step = math.lcm(4, head_dim)
+    found = []
     for depth, width in sizes:
         volume = depth * width ** 2
+
+        def distance(shape):
+            d, w = shape
+            return abs(math.log(w / d / aspect)) + 2 * abs(math.log(d * w ** 2 / volume))
         shapes = [(d, step * max(1, round(math.sqrt(volume / d) / step))) for d in range(1, 129)]
-        found.append(min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] / aspect))
-                         + 2 * abs(math.log(shape[0] * shape[1] ** 2 / volume))))
+        found.append(min(shapes, key=distance))
     return list(dict.fromkeys(found))
 
-
-def plan(sweep, flags):
-    """The runs of a sweep, and the cells that are left out with the reason. Raises ValueError for what can't be run.
-
-    A size is read at the budgets whose expected optimum is within a factor `window` of its N, so it is trained to the last
-    of them and no further; all others come free, because they are on the way. A cell of too few steps is left out. The
-    optimum is one of incontext models: of another arch a size is judged by the N of the incontext model of its depth and
-    width, which costs about as much, and the window is wider.
-    """
-    budgets = sweep.budget or BUDGETS[sweep.preset]
+def sizes_and_seeds(sweep, flags):
+    """[(depth, width or None, seed)] of the grid."""
     if sweep.width:
         depths = sweep.depth or [2]
         sizes = list(zip(depths * len(sweep.width) if len(depths) == 1 else depths, sweep.width))
+    elif sweep.depth:
+        sizes = [(depth, None) for depth in sweep.depth]
     else:
-        sizes = [(depth, None) for depth in sweep.depth] if sweep.depth else family(sweep.preset)
-        if (aspect := given(flags, "aspect")) and not sweep.depth:
-            head_dim = given(flags, "head_dim") or FAMILY_CONFIG[sweep.preset].get("head_dim", ModelConfig.head_dim)
-            if not (aspect.isdigit() and str(head_dim).isdigit() and int(aspect) and int(head_dim)):
-                raise ValueError(f"--aspect {aspect} --head_dim {head_dim}: must be whole numbers above 0")
+        sizes = family(sweep.preset)
+        if aspect := given(flags, "aspect"):
+            usual = FAMILY_CONFIG[sweep.preset].get("head_dim", ModelConfig.head_dim)
+            head_dim = given(flags, "head_dim") or str(usual)
+            if not (aspect.isdigit() and head_dim.isdigit() and int(aspect) and int(head_dim)):
+                raise ValueError(f"--aspect {aspect} --head_dim {head_dim}: must be whole numbers "
+                                 "above 0")
             sizes = reshaped(sizes, int(aspect), int(head_dim))
-    grid = [(*size, seed, budgets) for size in sizes for seed in sweep.seeds or [0]]
+    grid = [(*size, seed) for size in sizes for seed in sweep.seeds or [0]]
     if sweep.preset == "quick" and not (sweep.budget or sweep.depth or sweep.width or sweep.seeds):
-        grid += [(*size, seed, budgets) for size, seeds in SEED_REPEATS.items() if size in sizes for seed in seeds]
-    has_data = given(flags, "data") is not None
+        grid += [(*size, seed) for size in SEED_REPEATS if size in sizes
+                 for seed in SEED_REPEATS[size]]
+    return grid
+
+def useful_steps(sweep, configs, shape):
+    """{budget: steps} of one model at the budgets where its size is of use, its counts, and the
+    (ModelConfig, budget, reason) of those that are left out.
+
+    A size is of use where it lies within the window around the expected optimum. That is the
+    optimum of incontext models. So a model of another arch is judged by the N of the incontext
+    model of its depth and width, which costs about as much, in a wider window.
+    """
+    model_config, data_config, config = configs
+    with torch.device("meta"):   # shapes without memory
+        model = DiT(model_config, **shape)
+        plain = DiT(dataclasses.replace(model_config, arch="incontext"), **shape)
+    measured_with = ("incontext", FAMILY_INPUT[sweep.preset]["size"], None)
+    as_measured = (model_config.arch, shape["size"], data_config.images) == measured_with
+    window = sweep.window or (TRAINED if as_measured else 2 * TRAINED)
+    coefficient, exponent = EXPECTED_OPTIMUM[sweep.preset]
+    steps, left_out = {}, []
+    for budget in config.budget:
+        optimum = coefficient * budget ** exponent
+        size = plain.count_parameters()["blocks"]
+        if not optimum / window <= size <= optimum * window:
+            reason = "far from the expected optimum (--window)"
+            left_out.append((model_config, budget, reason))
+            continue
+        try:
+            steps[budget] = train.steps_for(budget, model, config)
+        except ValueError as problem:
+            left_out.append((model_config, budget, str(problem)))
+    return steps, model, left_out
+
+def plan(sweep, flags):
+    """-> the runs of a sweep, and the cells that are left out with the reason.
+
+    A size is trained to the last budget where it is of use. All budgets before come free, because
+    they are on the way. Raises ValueError for what can't be run.
+    """
     if given(flags, "seed") is not None:
         raise ValueError("--seed is a flag of one run: give the seeds of a sweep as --seeds")
-    if sweep.preset == "paper" and not has_data and not sweep.dry_run:
-        raise ValueError("--preset paper is the grid of a cluster, for prepared images: give them as --data, or look at it with --dry-run")
-    coefficient, exponent = EXPECTED_OPTIMUM[sweep.preset]
-    runs, left_out = [], []
-    for depth, width, seed, budgets in grid:
-        arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), *(["--width", str(width)] if width else []),
-                     "--seed", str(seed), "--budget", *map(repr, budgets)]
-        configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), __doc__, train.PRESETS, argv=arguments)
-        model_config, data_config, config = configs
-        shape = FAMILY_INPUT["paper"] if sweep.preset == "paper" and not has_data else input_shape(data_config)
-        with torch.device("meta"):
-            models = {arch: DiT(dataclasses.replace(model_config, arch=arch), **shape) for arch in {model_config.arch, "incontext"}}
-        N, model, steps = {arch: one.count_parameters()["blocks"] for arch, one in models.items()}, models[model_config.arch], {}
-        as_measured = (model_config.arch, shape["size"], data_config.images) == ("incontext", FAMILY_INPUT[sweep.preset]["size"], None)
-        window = sweep.window or (WINDOW if as_measured else 2 * WINDOW)
-        for budget in budgets:
-            optimum = coefficient * budget ** exponent
-            if not optimum / window <= N["incontext"] <= optimum * window:
-                left_out.append((model_config, budget, f"the optimum is near {optimum:.2g} parameters"))
-                continue
-            try:
-                steps[budget] = train.steps_for(budget, model, config)
-            except ValueError as problem:
-                left_out.append((model_config, budget, str(problem)))
+    latents_to_come = sweep.preset == "paper" and given(flags, "data") is None
+    if latents_to_come and not sweep.dry_run:
+        raise ValueError("--preset paper is the grid of a cluster, for prepared images: give them "
+                         "as --data, or look at it with --dry-run")
+    budgets = [repr(budget) for budget in sweep.budget or BUDGETS[sweep.preset]]
+    runs, left_out = {}, []
+    for depth, width, seed in sizes_and_seeds(sweep, flags):
+        arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), "--seed", str(seed)]
+        arguments += ["--width", str(width)] if width else []
+        types = ModelConfig, DataConfig, train.TrainConfig
+        configs = parse_flags(types, __doc__, train.PRESETS,
+                              argv=[*arguments, "--budget", *budgets])
+        shape = FAMILY_INPUT["paper"] if latents_to_come else input_shape(configs[1])
+        steps, model, reasons = useful_steps(sweep, configs, shape)
+        left_out += reasons
         if not steps:
             continue
-        name = train.run_name(model_config, seed)
-        folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
-        arguments = arguments[:arguments.index("--budget")] + ["--budget", *map(repr, steps), "--out", folder]
-        runs.append(Run(name, folder, arguments, configs, N[model_config.arch], steps, config.batch * model.flops_per_image(),
-                        sum(model.tokens().values()), shape))
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is asked for twice (see --width, --depth, --seeds)")
+        out = os.path.join(sweep.out or f"results/my-{sweep.preset}",
+                           train.run_name(configs[0], seed))
+        if out in runs:
+            raise ValueError(f"{out} is asked for twice (see --width, --depth, --seeds)")
+        arguments += ["--budget", *map(repr, steps), "--out", out]
+        configs = parse_flags(types, __doc__, train.PRESETS, argv=arguments)
+        runs[out] = Run(arguments, configs, model.count_parameters()["blocks"], steps,
+                        configs[2].batch * model.flops_per_image(), sum(model.tokens().values()))
     if not runs:
-        raise ValueError(f"nothing to run (see --budget, --width, --window): {'; '.join(sorted({reason for *_, reason in left_out}))}")
-    return runs, left_out
+        reasons = sorted({reason for *_, reason in left_out})
+        raise ValueError(f"nothing to run (see --budget, --width, --window): {'; '.join(reasons)}")
+    return list(runs.values()), left_out
 
+# ---- what it costs -------------------------------------------------------------------------------
 
 def time_steps(runs, threads):
-    """Seconds of a training step of each size, by taking a few on this machine, not compiled. None where a step is too large to try."""
+    """Measure seconds of a step of each size on this machine, not compiled; large ones are not."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     timed = {}
     for run in tqdm(runs, desc="timing a step of each size", leave=False):
         model_config, data_config, config = run.configs
-        device, _ = train.find_device(config.device)
-        # A step costs the same on any pixels; prepared latents are read as they come.
-        scenes = DataConfig(resolution=data_config.resolution, text_tokens=data_config.text_tokens, text_dim=data_config.text_dim or 64)
-        data = load_data(data_config if read_stats(data_config.data) else scenes, 0, device)
-        if run.step_flops > (1e15 if device.type == "cuda" else 1e11) or run.shape != data.shape:
+        on_gpu = train.find_device(config.device)[0].type == "cuda"
+        if run.step_flops > (1e15 if on_gpu else 1e11):
             continue
-        if (model_config.depth, model_config.width) not in timed:
-            model = DiT(model_config, **data.shape).to(device)
-            optimizer = torch.optim.AdamW(model.parameter_groups(config.lr), fused=True)
+        size = model_config.depth, model_config.width
+        if size not in timed:
+            if not read_stats(data_config.data):   # a step costs the same on any pixels
+                data_config = DataConfig(resolution=data_config.resolution,
+                                         text_tokens=data_config.text_tokens,
+                                         text_dim=input_shape(data_config)["text_dim"])
+            plain = dataclasses.replace(config, compile="off", threads=config.threads or threads,
+                                        val_images=None)
+            state = train.TrainState(model_config, data_config, plain)
             seconds = []
-            for step in range(1, 6):
+            for batch in train.batches(state, 1, 5):
                 start = time.perf_counter()
-                batch = train.training_batch(data, config, step, 0, 1, device)
-                with train.autocast(device, train.resolve_auto(config, model_config).precision):
-                    loss = flow.loss_per_image(model, *batch).mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                train.train_step(state, batch).item()
                 seconds.append(time.perf_counter() - start)
-            timed[model_config.depth, model_config.width] = sorted(seconds)[2]
-        run.step_seconds = timed[model_config.depth, model_config.width]
+            timed[size] = statistics.median(seconds)
+        run.step_seconds = timed[size]
     torch.set_num_threads(before)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()   # the runs need it
 
+def cost_of(run):
+    """Of a run to its end: seconds where its step was timed, else those of an H100 at 40% MFU."""
+    return run.last_step * (run.step_seconds or run.step_flops / H100_FLOPS)
 
-def print_plan(runs, left_out, jobs, threads):
-    """The grid as a table, a line a cell; FLOPs and time of a line are what its budget adds to the one before."""
-    print(f"{'model':>24} {'N':>11} {'budget':>9} {'D (tokens)':>11} {'images':>11} {'steps':>8} {'FLOPs added':>12} {'time added':>11}")
-    total = separate = 0
+def print_plan(runs):
+    """The grid as a table, a line a point. FLOPs and time are what its budget adds to the last."""
+    heads = ("budget", "D (tokens)", "images", "steps", "FLOPs added", "time added")
+    print(f"{'model':>24} {'N':>11}", *(f"{head:>12}" for head in heads))
+    separate = 0
     for run in runs:
         before = 0
         for budget, steps in run.steps.items():
-            added = (steps - before) * run.step_flops
-            spent = f"{(steps - before) * run.step_seconds:9.0f} s" if run.step_seconds else f"{added / H100_FLOPS / 3600:7.3g} H100-h"
+            added = steps - before
+            hours = added * run.step_flops / H100_FLOPS / 3600
+            timed = run.step_seconds is not None
+            spent = f"{added * run.step_seconds:.0f} s" if timed else f"{hours:.3g} H100-h"
             images = steps * run.configs[2].batch
-            print(f"{run.name:>24} {run.N:11,d} {budget:9.3g} {images * run.tokens:11.4g} {images:11,d} {steps:8,d} {added:12.3e} {spent:>11}")
+            print(f"{run.name:>24} {run.N:11,d} {budget:12.3g} {images * run.tokens:12.4g} "
+                  f"{images:12,d} {steps:12,d} {added * run.step_flops:12.3e} {spent:>12}")
             separate += steps * run.step_flops
             before = steps
-        total += before * run.step_flops
-    print_left_out(runs, left_out)
-    cells = sum(len(run.steps) for run in runs)
-    print(f"total: {len(runs)} runs, {cells} points, {total:.3g} FLOPs ({total / separate:.0%} of the {separate:.3g} of separate runs)")
-    print(estimate(runs, jobs, threads))
-
+    total = sum(run.last_step * run.step_flops for run in runs)
+    points = sum(len(run.steps) for run in runs)
+    print(f"total: {len(runs)} runs, {points} points, {total:.3g} FLOPs ({total / separate:.0%} of "
+          f"the {separate:.3g} of separate runs)")
 
 def print_left_out(runs, left_out):
-    """A line for each size that is not read at every budget, and one for each budget with too few sizes for a parabola."""
-    sizes = {}
+    """A line for each size that is not read at every budget, and for each budget of few sizes."""
+    budgets_of = {}
     for config, budget, reason in left_out:
-        far = reason.startswith("the optimum")
-        sizes.setdefault((config.depth, config.width, "far from the expected optimum (--window)" if far else "too few steps"), []).append(budget)
-    for (depth, width, reason), budgets in sizes.items():
-        print(f"left out: depth {depth}, width {width} at {', '.join(f'{budget:.3g}' for budget in sorted(set(budgets)))}: {reason}")
+        reason = reason if reason.startswith("far") else "too few steps"
+        budgets_of.setdefault((config.depth, config.width, reason), {})[budget] = None
+    for (depth, width, reason), budgets in budgets_of.items():
+        at = ", ".join(f"{budget:.3g}" for budget in budgets)
+        print(f"left out: depth {depth}, width {width} at {at}: {reason}")
     for budget in sorted({budget for run in runs for budget in run.steps}):
-        count = len({run.N for run in runs if budget in run.steps})
-        if count < 4:
-            print(f"budget {budget:.3g} keeps {count} size{'s' * (count > 1)}: fit.py needs 4 to use it")
+        sizes = len({run.N for run in runs if budget in run.steps})
+        if sizes < 4:
+            print(f"budget {budget:.3g} keeps {sizes} size{'s' * (sizes > 1)}: "
+                  "fit.py needs 4 to use it")
 
-
-def estimate(runs, jobs, threads):
-    """A line: how long the runs that wait will take, from the timed steps, or in H100-hours where no step could be timed."""
-    if any(run.step_seconds is None for run in runs if run.status == "waiting"):
-        hours = sum(max(run.steps.values()) * run.step_flops for run in runs) / H100_FLOPS / 3600
-        return f"estimated time: {hours:,.0f} H100-hours at 40% MFU"
-    seconds = [max(run.steps.values()) * run.step_seconds for run in runs if run.status == "waiting"]
-    shares = [run.places * its for run, its in zip([run for run in runs if run.status == "waiting"], seconds)]
-    return (f"estimated time: {max([sum(shares) / jobs, *seconds]) / 60:.0f} minutes of training, {jobs} jobs of {threads} "
+def estimate(todo, jobs, threads):
+    """A line: how long these runs will take."""
+    if any(run.step_seconds is None for run in todo):
+        return f"estimated time: {sum(map(cost_of, todo)) / 3600:,.0f} H100-hours at 40% MFU"
+    costs = [cost_of(run) for run in todo]
+    longest = max([sum(costs) / jobs, *costs]) / 60
+    return (f"estimated time: {longest:.0f} minutes of training, {jobs} jobs of {threads} "
             f"thread{'s' * (threads > 1)}; validation and pictures add about a fifth")
 
+# ---- running it ----------------------------------------------------------------------------------
 
-def check_folder(run, encoders):
-    """Raises ValueError where the folder belongs to another configuration or holds a torn record. -> all budgets done?"""
-    definition = train.definition_of(*run.configs[:2], train.resolve_auto(run.configs[2], run.configs[0]), encoders)
+def is_done(run, encoders):
+    """Are all its records there? Raises ValueError for a folder of another configuration."""
+    model_config, data_config, config = run.configs
+    config = train.resolve_auto(config, model_config)
+    definition = train.definition_of(model_config, data_config, config, encoders)
     train.check_earlier_run(run.folder, definition)
-    return all([train.read_record(os.path.join(train.point_folder(run.folder, budget), "result.json"), budget) is not None
-                for budget in run.steps])
-
+    return all([train.read_record(run.folder, budget) for budget in run.steps])
 
 def progress(run):
     """Steps that a run has done, from the last whole line of its log."""
-    if run.status == "done":
-        return max(run.steps.values())
-    try:
-        with open(os.path.join(run.folder, "log.jsonl"), "rb") as file:
-            file.seek(max(0, os.path.getsize(file.name) - 1000))
-            return json.loads(file.read().split(b"\n")[-2])["step"]
-    except (OSError, IndexError, json.JSONDecodeError, KeyError, TypeError):
-        return 0
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        with open(os.path.join(run.folder, "log.jsonl"), "rb") as log:
+            log.seek(max(0, os.path.getsize(log.name) - 1000))
+            return json.loads(log.read().split(b"\n")[-2])["step"]
+    return 0
 
+def train_one(run, gpus, threads, running):
+    """Run train.py on the next free GPU, and once more if it fails. -> None, or why it failed.
 
-def start(run, device, threads):
-    """Start train.py for a run on a device (the number of a GPU); what it prints goes to output.txt in its folder."""
+    What it prints goes to output.txt in its folder. Bad input (status 2) is not tried again.
+    """
     os.makedirs(run.folder, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["OMP_NUM_THREADS"] = str(threads)
-    if torch.cuda.is_available():
-        gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        gpus = gpus if gpus != [""] else [str(number) for number in range(torch.cuda.device_count())]
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[device]
-    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *run.arguments]
-    if not any(argument.split("=")[0] == "--threads" for argument in run.arguments):
+    gpu = gpus.get()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    command = [sys.executable, str(HERE / "train.py"), *run.arguments]
+    if given(run.arguments, "threads") is None:
         command += ["--threads", str(threads)]
-    with open(os.path.join(run.folder, "output.txt"), "a") as output:
-        run.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    run.device, run.tries, run.status = device, run.tries + 1, "running"
+    for _ in range(2):
+        with open(os.path.join(run.folder, "output.txt"), "a+", errors="replace") as output:
+            with subprocess.Popen(command, stdout=output, stderr=output, env=environment) as child:
+                running[run.folder] = child
+                status = child.wait()
+            output.seek(0)
+            said = output.read().strip().splitlines() or ["no output"]
+        del running[run.folder]
+        if status in (0, 2):
+            break
+    gpus.put(gpu)
+    if status:
+        tqdm.write(f"{run.name} failed (exit {status}): {said[-1]}")
+        return said[-1]
 
-
-def free_device(run, running, devices, places):
-    """The least busy device with room for the run, or None. A device has `places`; a run takes one of them, or all."""
-    taken = [sum(other.places for other in running if other.device == device) for device in range(devices)]
-    return min((device for device in range(devices) if taken[device] + run.places <= places), key=taken.__getitem__, default=None)
-
-
-def run_all(runs, jobs, threads, devices=1, places=None):
-    """Run the grid, the longest first, at most `jobs` at a time; a run that fails is tried once more. -> the runs that failed."""
-    todo = [run for run in runs if run.status == "waiting"]
-    if not todo:
-        return []
-    timed = all(run.step_seconds for run in todo)   # then the bar counts time, else FLOPs
-    cost = {run.name: run.step_seconds if timed else run.step_flops for run in todo}
-    total = sum(max(run.steps.values()) * cost[run.name] for run in todo)
-    share = lambda: min(100, 100 * sum(progress(run) * cost[run.name] for run in todo) / total)
-    waiting = sorted(todo, key=lambda run: -max(run.steps.values()) * cost[run.name])
-    running, failed = [], []
-    with tqdm(total=100, initial=share(), desc="grid", unit="%", smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 30,
+def run_all(runs, jobs, threads):
+    """Train all runs, the longest first, `jobs` at a time. -> those that failed."""
+    gpus, running = SimpleQueue(), {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpu_count(runs))))
+    names = visible.split(",") if gpu_count(runs) else [None]
+    for job in range(jobs):
+        gpus.put(names[job % len(names)])
+    total = sum(map(cost_of, runs))
+    waiting = sorted(runs, key=cost_of, reverse=True)
+    pool = ThreadPoolExecutor(jobs)
+    futures = {pool.submit(train_one, run, gpus, threads, running): run for run in waiting}
+    with tqdm(total=100, desc="grid", unit="%", smoothing=0.02,
+              mininterval=0.5 if sys.stderr.isatty() else 30,
               bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go{postfix}") as bar:
         try:
-            while waiting or running:
-                # Only the first in line may start, or small ones would keep a large one waiting for ever.
-                while waiting and len(running) < jobs and (device := free_device(waiting[0], running, devices, places or jobs)) is not None:
-                    run = waiting.pop(0)
-                    start(run, device, threads)
-                    running.append(run)
-                time.sleep(0.5)
-                for run in [run for run in running if run.process.poll() is not None]:
-                    running.remove(run)
-                    if run.process.returncode == 0:
-                        run.status = "done"
-                        continue
-                    with open(os.path.join(run.folder, "output.txt"), errors="replace") as output:
-                        reason = (output.read().strip().splitlines() or ["no output"])[-1]
-                    again = run.tries < 2 and run.process.returncode != 2   # 2: bad input, which no second try mends
-                    bar.write(f"{run.name} failed (exit {run.process.returncode}): {reason}" + ("; trying once more" if again else ""))
-                    run.status = "waiting" if again else "failed"
-                    (waiting if again else failed).append(run)
-                finished = sum(run.status == "done" for run in runs)
-                bar.set_postfix_str(f"{finished} of {len(runs)} runs done" + (", now " if running else "")
-                                    + ", ".join(run.name for run in running), refresh=False)
-                bar.update(share() - bar.n)
-        finally:
-            for run in running:
-                run.process.terminate()
-    return failed
+            pending = futures
+            while pending:
+                _, pending = wait(pending, timeout=0.5)
+                spent = sum(cost_of(run) * progress(run) / run.last_step for run in runs)
+                names = ", ".join(os.path.basename(folder) for folder in list(running))
+                bar.set_postfix_str(f"{len(runs) - len(pending)} of {len(runs)} runs done, "
+                                    f"now {names}", refresh=False)
+                bar.update(min(100, 100 * spent / total) - bar.n)
+        finally:   # an interrupted sweep ends its runs, which go on with the same command
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(running.values()):
+                child.terminate()
+    return [run for future, run in futures.items() if future.result()]
 
+def gpu_count(runs):
+    """How many GPUs these runs may use."""
+    return 0 if runs[0].configs[2].device == "cpu" else torch.cuda.device_count()
 
 def run_sweep(sweep, flags):
-    """Plan, check, run and fit; -> exit status: that of fit.py, or 1 where a run failed."""
+    """Plan, check, run and fit. -> exit status: that of fit.py, or 1 where a run failed."""
     out = sweep.out or f"results/my-{sweep.preset}"
     runs, left_out = plan(sweep, flags)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = torch.cuda.device_count() if runs[0].configs[2].device != "cpu" else 0
-    devices = min(gpus or 1, sweep.jobs or len(runs))
-    jobs = min(sweep.jobs or (devices * PACKED if gpus else cores), len(runs))
-    places = math.ceil(jobs / devices)
-    for run in runs:
-        run.places = places if gpus and not sweep.jobs and run.N >= SMALL_ON_GPU else 1
+    schedulable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+    cores = len(schedulable(0))
+    jobs = min(sweep.jobs or gpu_count(runs) or cores, len(runs))
     threads = max(1, cores // jobs)
+    todo = runs
     if not sweep.dry_run:
-        data = load_data(runs[0].configs[1])  # fails here rather than in every run, and leaves real images in the cache of datasets
-        train.count_validation(data, runs[0].configs[2].val_images)
-        for run in runs:
-            run.status = "done" if check_folder(run, data.encoders) else "waiting"
-    time_steps([run for run in runs if run.status == "waiting"], threads)
+        # What is wrong with the data fails here rather than in every run.
+        data = load_data(runs[0].configs[1])
+        todo = [run for run in runs if not is_done(run, data.encoders)]
+    time_steps(todo, threads)
     if sweep.dry_run:
-        print_plan(runs, left_out, jobs, threads)
+        print_plan(runs)
+        print_left_out(runs, left_out)
+        print(estimate(todo, jobs, threads))
         return 0
     print_left_out(runs, left_out)
     print(f"{out}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points; "
-          f"{sum(run.status == 'done' for run in runs)} runs are done\n{estimate(runs, jobs, threads)}")
-    began = time.monotonic()
-    failed = run_all(runs, jobs, threads, devices, places)
-    hours = (time.monotonic() - began) / 3600
-    print(f"trained in {60 * hours:.1f} minutes" + (f", {hours * devices:.2f} device-hours" if gpus else ""))
+          f"{len(runs) - len(todo)} runs are done")
+    failed = []
+    if todo:
+        print(estimate(todo, jobs, threads))
+        began = time.monotonic()
+        failed = run_all(todo, jobs, threads)
+        print(f"trained in {(time.monotonic() - began) / 60:.1f} minutes")
     if failed:
-        print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their folders); "
-              f"the same command tries them again. The law of the others:", file=sys.stderr)
+        print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their "
+              "folders); the same command tries them again. The law of the others:",
+              file=sys.stderr)
     status = call_fit(sweep, out)
     return 1 if failed else status
 
-
 def varied(sweep, flags):
-    """--vary KEY=A,B,... -> (SweepConfig, flags) of the grid of each value. Raises ValueError for what can't be varied."""
+    """--vary KEY=A,B -> (SweepConfig, flags) of the grid of each value. Raises ValueError."""
     key, _, values = sweep.vary.partition("=")
     values = values.split(",")
-    fields = [f.name for config in (ModelConfig, DataConfig, train.TrainConfig) for f in dataclasses.fields(config)]
-    known = [name for name in fields if name not in NOT_VARIED]
+    known = [one.name for config in (ModelConfig, DataConfig, train.TrainConfig)
+             for one in dataclasses.fields(config) if one.name not in NOT_VARIED]
     if key not in known:
-        raise ValueError(f"--vary {sweep.vary}: {key or 'nothing'} can't be varied, these can: {', '.join(known)}")
-    folders = [re.sub(r"[^\w.+-]+", "-", f"{key}_{value}") for value in values]   # names that no shell stumbles over
+        raise ValueError(f"--vary {sweep.vary}: {key or 'nothing'} can't be varied, these can: "
+                         f"{', '.join(known)}")
+    # Names that no shell stumbles over.
+    folders = [re.sub(r"[^\w.+-]+", "-", f"{key}_{value}") for value in values]
     if len(values) < 2 or "" in values or len(set(folders)) < len(folders):
-        raise ValueError(f"--vary {sweep.vary}: needs two or more different values, as in --vary lr=0.003,0.006")
-    if given(flags, key) is not None or key == "aspect" and (sweep.depth or sweep.width):
-        raise ValueError(f"--vary {key}: gives its own --{key} to each grid" + ", and its own depths and widths" * (key == "aspect"))
+        raise ValueError(f"--vary {sweep.vary}: needs two or more different values, as in "
+                         "--vary lr=0.003,0.006")
+    if given(flags, key) is not None:
+        raise ValueError(f"--vary {key} gives its own --{key} to each grid: leave that one out")
+    if key == "aspect" and (sweep.depth or sweep.width):
+        raise ValueError("--vary aspect gives its own --depth and --width to each grid")
     out = sweep.out or f"results/my-{key}"
-    # One window for all values, to compare like with like: the wider where some of them need it.
-    window = sweep.window or (2 * WINDOW if key in ("arch", "resolution", "images") else None)
-    return [(dataclasses.replace(sweep, vary=None, out=os.path.join(out, folder), window=window),
-             [*flags, *([] if (key, value) == ("images", "all") else [f"--{key}={value}"])]) for folder, value in zip(folders, values)]
-
+    # One window for all values, to compare like with like: the wider where some need it.
+    wide = 2 * TRAINED if key in ("arch", "resolution", "images") else None
+    grids = []
+    for folder, value in zip(folders, values):
+        one = dataclasses.replace(sweep, vary=None, out=os.path.join(out, folder),
+                                  window=sweep.window or wide)
+        extra = [] if (key, value) == ("images", "all") else [f"--{key}={value}"]
+        grids.append((one, [*flags, *extra]))
+    return grids
 
 def run_varied(sweep, flags):
-    """A grid for each value of --vary, then their laws side by side; -> exit status: that of the comparison, or 1 where a run failed."""
+    """A grid for each value of --vary, then their laws side by side. -> exit status."""
     grids = varied(sweep, flags)
-    for one, its_flags in grids:   # what is wrong with the last of them is better known before the first is trained
+    for one, its_flags in grids:   # what is wrong with the last shows before the first is trained
         runs, _ = plan(one, its_flags)
         if not sweep.dry_run:
             load_data(runs[0].configs[1])
@@ -408,28 +453,24 @@ def run_varied(sweep, flags):
         statuses.append(run_sweep(one, its_flags))
     if sweep.dry_run:
         return 0
-    folders = [one.out for one, _ in grids]
-    status = call_fit(sweep, folders[0], "--compare", *folders[1:], "--out", os.path.join(os.path.dirname(folders[0]), "law"))
+    first, *others = [one.out for one, _ in grids]
+    law = os.path.join(os.path.dirname(first), "law")
+    status = call_fit(sweep, first, "--compare", *others, "--out", law)
     return 1 if 1 in statuses else status
-
 
 def call_fit(sweep, *arguments):
     metric = ["--metric", "train_loss"] if sweep.preset == "paper" else []
-    return subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fit.py"), *arguments, *metric])
-
+    return subprocess.call([sys.executable, str(HERE / "fit.py"), *arguments, *metric])
 
 def main():
     sweep, flags = parse_flags((SweepConfig,), __doc__, rest=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended too
-    try:
-        sys.exit((run_varied if sweep.vary else run_sweep)(sweep, flags))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"sweep.py: {train.one_line(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        print("sweep.py: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the runs are ended too
+    with errors_in_one_line("sweep.py"):
+        try:
+            sys.exit((run_varied if sweep.vary else run_sweep)(sweep, flags))
+        except KeyboardInterrupt:
+            print("sweep.py: interrupted; the same command goes on", file=sys.stderr)
+            sys.exit(130)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 import flow
 import model
-import sweep
 import train
 from data import DataConfig, load_data
 from model import DiT, ModelConfig
@@ -85,16 +84,6 @@ def test_attention_by_hand_in_bfloat16_is_attention(masked):
     if masked:   # what no token sees has no influence
         unseen = ~mask[:, 0, 0, :]
         assert v.grad.transpose(1, 2)[unseen].abs().max() == 0
-
-
-def test_a_gpu_takes_several_small_models_or_one_large():
-    small = [SimpleNamespace(places=1, device=0) for _ in range(3)]
-    assert sweep.free_device(SimpleNamespace(places=1), small, devices=1, places=4) == 0
-    assert sweep.free_device(SimpleNamespace(places=1), small + small[:1], devices=1, places=4) is None
-    assert sweep.free_device(SimpleNamespace(places=4), small[:1], devices=1, places=4) is None
-    assert sweep.free_device(SimpleNamespace(places=4), small[:1], devices=2, places=4) == 1
-    assert sweep.free_device(SimpleNamespace(places=1), [SimpleNamespace(places=4, device=0)], devices=2, places=4) == 1
-    assert sweep.free_device(SimpleNamespace(places=1), small, devices=2, places=4) == 1   # shared out, not piled up
 
 
 @pytest.mark.slow

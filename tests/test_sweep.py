@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,11 @@ def test_a_small_sweep_runs_resumes_and_skips(tmp_path):
     assert first.returncode == 3, first.stdout + first.stderr       # it trains, and fit.py refuses two sizes: status 3
     assert "refus" in first.stderr + first.stdout or "fewer" in first.stderr + first.stdout
     kept = {record: record.stat().st_mtime_ns for record in records}
-    records[0].unlink()
+    last = out / "depth01_width008_seed0" / "budget_4e+08" / "result.json"
+    last.unlink()
     again = command("--out", out, *SMALL, *FLAGS)
     assert "1 runs are done" in again.stdout and "keeps 2 sizes" in again.stdout
-    assert records[0].exists() and all(record.stat().st_mtime_ns == kept[record] for record in records[1:])
+    assert last.exists() and all(record.stat().st_mtime_ns == kept[record] for record in records if record != last)
     refused = command("--out", out, *SMALL, *FLAGS, "--lr", "0.1")
     assert refused.returncode == 2 and "train.lr: 0.006 -> 0.1" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
 
@@ -84,14 +86,15 @@ def test_a_size_is_trained_to_its_last_useful_budget():
 
 
 def test_a_failing_run_is_tried_once_more_and_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep.os.path, "abspath", lambda path: str(tmp_path / "sweep.py"))   # so that start() finds this one
+    monkeypatch.setattr(sweep, "HERE", tmp_path)   # so that this train.py is found
     (tmp_path / "train.py").write_text(
         "import os, sys\nfolder = sys.argv[sys.argv.index('--out') + 1]\n"
         "tries = len(os.listdir(folder))\nopen(os.path.join(folder, f'try{tries}'), 'w')\n"
         "print('the reason')\nsys.exit(0 if 'width016' in folder else 1)\n")
     runs, _ = planned(out=str(tmp_path / "out"))
     failed = sweep.run_all(runs, 2, 1)
-    assert [run.name for run in failed] == ["depth01_width008_seed0"] and failed[0].tries == 2
+    assert [run.name for run in failed] == ["depth01_width008_seed0"]
+    assert sorted(os.listdir(failed[0].folder)) == ["output.txt", "try1", "try2"]
     said = capsys.readouterr()
     assert "the reason" in said.out + said.err
 
@@ -140,7 +143,7 @@ def test_vary_makes_a_grid_of_each_value_and_one_comparison(tmp_path, monkeypatc
     ("lr=0.003", "--vary lr=0.003"), ("lr", "--vary lr"), ("lr=0.003,", "--vary lr"), ("lr=0.003,0.003", "different"),
     ("learning_rate=1,2", "learning_rate can't be varied"), ("seed=0,1", "seed can't"), ("=1,2", "nothing can't"), ("out=a,b", "out can't"),
     ("arch=incontext,unet", "--arch"), ("captions=dense,none", "--captions"), ("resolution=4,5", "--resolution"), ("images=10,some", "--images"),
-    ("text_dim=4,8", "--text_dim"), ("aspect=8,16", "--aspect"), ("lr=0.003,-1", "--lr"),
+    ("text_dim=4,8", "--text_dim"), ("aspect=8,16", "--vary aspect"), ("lr=0.003,-1", "--lr"),
 ])
 def test_what_cannot_be_varied_is_one_line(tmp_path, vary, named, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--out", str(tmp_path / "out"), *SMALL, *FLAGS, "--vary", vary])

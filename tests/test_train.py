@@ -83,11 +83,14 @@ def test_ten_and_resume_and_ten_is_twenty_bit_for_bit(tmp_path):
            [json.loads(line)["train_loss"] for line in open(halves / "log.jsonl")]
 
 
-def test_a_budget_added_below_is_made_by_the_same_steps(tmp_path):
+def test_a_budget_below_the_checkpoint_is_refused(tmp_path, capsys):
     folder = run(tmp_path / "run", 20)
-    before = {name: (folder / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl")}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert "delete checkpoint.pt" in refused(folder, 9, 20, capsys=capsys)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "checkpoint.pt").unlink()
     run(folder, 9, 20)
-    assert before == {name: (folder / name).read_bytes() for name in before}       # what was there is not undone
     assert_same_point(point(folder, 9), point(run(tmp_path / "alone", 9), 9))
 
 
@@ -269,11 +272,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_pat
     said = refused(tmp_path / "run", 10, 30, status=1, capsys=capsys)
     assert "not finite" in said and "--lr" in said
     assert (folder / "checkpoint.pt").read_bytes() == good
-    assert json.loads((folder / "failed.json").read_text())["step"] == 20
     assert not point(folder, 30).exists()
     monkeypatch.setattr(train, "training_batch", original)
     run(tmp_path / "run", 10, 30)
-    assert not (folder / "failed.json").exists() and point(folder, 30).exists()
+    assert point(folder, 30).exists()
 
 
 BAD = [
@@ -325,16 +327,29 @@ def test_another_configuration_is_refused_and_the_differences_named(tmp_path, ca
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_drift_is_refused_unless_allowed(tmp_path, capsys):
+def test_a_run_resumed_elsewhere_warns_and_its_record_says_so(tmp_path, capsys):
+    folder = run(tmp_path / "run", 10)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["runtime"]["versions"]["torch"] = "1.0"
+    torch.save(saved, folder / "checkpoint.pt")
+    capsys.readouterr()
+    run(folder, 10, 20)
+    assert "WARNING: resumed elsewhere (versions.torch: 1.0 -> " in capsys.readouterr().out
+    drift = [json.loads((point(folder, steps) / "result.json").read_text())["drift"] for steps in (10, 20)]
+    assert drift[0] == [] and drift[1][0].startswith("step 10: versions.torch: 1.0 -> ")
+
+
+def test_a_new_flag_never_makes_an_old_folder_refuse(tmp_path, capsys, monkeypatch):
+    """The three configurations of an old folder lack a flag that the new ones have."""
     folder = run(tmp_path / "run", 10)
     config = json.loads((folder / "config.json").read_text())
-    config["runtime"]["versions"]["torch"] = "1.0"
+    for section, name in (("model", "qk_norm"), ("data", "flip"), ("train", "clip"), ("train", "compile")):
+        del config[section][name]
     (folder / "config.json").write_text(json.dumps(config))
-    capsys.readouterr()
-    said = refused(folder, 10, 20, capsys=capsys)
-    assert "versions.torch: 1.0 -> " in said and "--allow_drift" in said
-    run(folder, 10, 20, flags=["--allow_drift"])
+    run(folder, 10, 20)
     assert point(folder, 20).exists()
+    capsys.readouterr()
+    assert "train.clip: 1.0 -> 2.0" in refused(folder, 10, 20, flags=["--clip", "2"], capsys=capsys)
 
 
 @pytest.mark.parametrize("name, content", [("result.json", '{"schema": 1, "val_lo'), ("result.json", '{"schema": 99}'),
@@ -373,7 +388,7 @@ def test_done_is_done(tmp_path, capsys):
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path, capsys):
     folder = run(tmp_path / "run", 10)
     capsys.readouterr()
-    with train.lock(folder / "config.json"):
+    with train.open_log(folder / "log.jsonl", 10):
         assert "another process" in refused(folder, 10, 20, capsys=capsys)
     run(folder, 10, 20)
 
