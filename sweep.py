@@ -12,7 +12,6 @@ commands: one run for each model and seed, to the last budget at which the size 
 resolution=16,32, aspect=8,16,32 (depth against width at the same N), images=1000,10000,all.
 """
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import List, Literal, Optional
@@ -72,9 +71,6 @@ class SweepConfig:
     def __post_init__(self):
         check_flags(self, "window", lambda window: window > 1, "above 1")
         check_flags(self, "jobs", lambda jobs: jobs >= 1, "at least 1")
-        budgets = self.budget or []
-        if any(one >= two for one, two in zip(budgets, budgets[1:])):
-            raise ValueError(f"--budget {' '.join(f'{b:g}' for b in budgets)}: budgets must rise")
         if self.width and self.depth and len(self.depth) not in (1, len(self.width)):
             raise ValueError(f"--depth has {len(self.depth)} numbers and --width "
                              f"{len(self.width)}: give one depth, or one for each width")
@@ -82,23 +78,16 @@ class SweepConfig:
 @dataclass
 class Run:
     """One train.py: its command line, and what it costs."""
+    name: str
+    folder: str
     arguments: list        # the flags of train.py
     configs: tuple         # what they mean: ModelConfig, DataConfig, TrainConfig
     N: int                 # parameters in the blocks
-    steps: dict            # {budget: steps}
-    step_flops: float      # in the exact count, which takes the time
+    steps: dict            # {budget: steps}, rising
+    step_flops: float      # in the exact count, which is what takes time
     tokens: int            # of an image
-    step_seconds: Optional[float] = None
+    step_seconds: Optional[float] = None   # where a step was timed
 
-    @property
-    def folder(self):
-        return self.configs[2].out
-
-    @property
-    def name(self):
-        return os.path.basename(self.folder)
-
-    @property
     def last_step(self):
         return max(self.steps.values())
 
@@ -140,20 +129,20 @@ def sizes_and_seeds(sweep, flags):
         sizes = family(sweep.preset)
         if aspect := given(flags, "aspect"):
             usual = FAMILY_CONFIG[sweep.preset].get("head_dim", ModelConfig.head_dim)
-            head_dim = given(flags, "head_dim") or str(usual)
-            if not (aspect.isdigit() and head_dim.isdigit() and int(aspect) and int(head_dim)):
+            head_dim = given(flags, "head_dim") or usual
+            try:
+                sizes = reshaped(sizes, int(aspect), int(head_dim))
+            except (ValueError, ZeroDivisionError):
                 raise ValueError(f"--aspect {aspect} --head_dim {head_dim}: must be whole numbers "
-                                 "above 0")
-            sizes = reshaped(sizes, int(aspect), int(head_dim))
+                                 "above 0") from None
     grid = [(*size, seed) for size in sizes for seed in sweep.seeds or [0]]
     if sweep.preset == "quick" and not (sweep.budget or sweep.depth or sweep.width or sweep.seeds):
         grid += [(*size, seed) for size in SEED_REPEATS if size in sizes
                  for seed in SEED_REPEATS[size]]
     return grid
 
-def useful_steps(sweep, configs, shape):
-    """{budget: steps} of one model at the budgets where its size is of use, its counts, and the
-    (ModelConfig, budget, reason) of those that are left out.
+def useful_steps(sweep, configs, model, shape):
+    """-> {budget: steps} where a size is of use, and {budget: reason} where it is left out.
 
     A size is of use where it lies within the window around the expected optimum. That is the
     optimum of incontext models. So a model of another arch is judged by the N of the incontext
@@ -161,30 +150,27 @@ def useful_steps(sweep, configs, shape):
     """
     model_config, data_config, config = configs
     with torch.device("meta"):   # shapes without memory
-        model = DiT(model_config, **shape)
-        plain = DiT(dataclasses.replace(model_config, arch="incontext"), **shape)
-    measured_with = ("incontext", FAMILY_INPUT[sweep.preset]["size"], None)
+        plain = DiT(replace(model_config, arch="incontext"), **shape)
+    size = plain.count_parameters()["blocks"]
+    measured_with = "incontext", FAMILY_INPUT[sweep.preset]["size"], None
     as_measured = (model_config.arch, shape["size"], data_config.images) == measured_with
     window = sweep.window or (TRAINED if as_measured else 2 * TRAINED)
     coefficient, exponent = EXPECTED_OPTIMUM[sweep.preset]
-    steps, left_out = {}, []
+    steps, left_out = {}, {}
     for budget in config.budget:
-        optimum = coefficient * budget ** exponent
-        size = plain.count_parameters()["blocks"]
-        if not optimum / window <= size <= optimum * window:
-            reason = "far from the expected optimum (--window)"
-            left_out.append((model_config, budget, reason))
+        if not 1 / window <= size / (coefficient * budget ** exponent) <= window:
+            left_out[budget] = "far from the expected optimum (--window)"
             continue
         try:
             steps[budget] = train.steps_for(budget, model, config)
         except ValueError as problem:
-            left_out.append((model_config, budget, str(problem)))
-    return steps, model, left_out
+            left_out[budget] = str(problem)
+    return steps, left_out
 
 def plan(sweep, flags):
-    """-> the runs of a sweep, and the cells that are left out with the reason.
+    """-> the runs of a sweep, and [(depth, width, {budget: reason})] of what is left out.
 
-    A size is trained to the last budget where it is of use. All budgets before come free, because
+    A size is trained to the last budget where it is of use. The budgets before come free, because
     they are on the way. Raises ValueError for what can't be run.
     """
     if given(flags, "seed") is not None:
@@ -194,30 +180,31 @@ def plan(sweep, flags):
         raise ValueError("--preset paper is the grid of a cluster, for prepared images: give them "
                          "as --data, or look at it with --dry-run")
     budgets = [repr(budget) for budget in sweep.budget or BUDGETS[sweep.preset]]
-    runs, left_out = {}, []
+    runs, left_out = [], []
     for depth, width, seed in sizes_and_seeds(sweep, flags):
         arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), "--seed", str(seed)]
         arguments += ["--width", str(width)] if width else []
-        types = ModelConfig, DataConfig, train.TrainConfig
-        configs = parse_flags(types, __doc__, train.PRESETS,
+        configs = parse_flags((ModelConfig, DataConfig, train.TrainConfig), __doc__, train.PRESETS,
                               argv=[*arguments, "--budget", *budgets])
         shape = FAMILY_INPUT["paper"] if latents_to_come else input_shape(configs[1])
-        steps, model, reasons = useful_steps(sweep, configs, shape)
-        left_out += reasons
+        with torch.device("meta"):
+            model = DiT(configs[0], **shape)
+        steps, reasons = useful_steps(sweep, configs, model, shape)
+        left_out.append((depth, configs[0].width, reasons))
         if not steps:
             continue
-        out = os.path.join(sweep.out or f"results/my-{sweep.preset}",
-                           train.run_name(configs[0], seed))
-        if out in runs:
-            raise ValueError(f"{out} is asked for twice (see --width, --depth, --seeds)")
-        arguments += ["--budget", *map(repr, steps), "--out", out]
-        configs = parse_flags(types, __doc__, train.PRESETS, argv=arguments)
-        runs[out] = Run(arguments, configs, model.count_parameters()["blocks"], steps,
-                        configs[2].batch * model.flops_per_image(), sum(model.tokens().values()))
+        name = train.run_name(configs[0], seed)
+        folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
+        if folder in [run.folder for run in runs]:
+            raise ValueError(f"{name} is asked for twice (see --width, --depth, --seeds)")
+        arguments += ["--budget", *map(repr, steps), "--out", folder]
+        configs[2] = replace(configs[2], budget=list(steps), out=folder)
+        runs.append(Run(name, folder, arguments, configs, model.count_parameters()["blocks"], steps,
+                        configs[2].batch * model.flops_per_image(), sum(model.tokens().values())))
     if not runs:
-        reasons = sorted({reason for *_, reason in left_out})
+        reasons = sorted({reason for *_, reasons in left_out for reason in reasons.values()})
         raise ValueError(f"nothing to run (see --budget, --width, --window): {'; '.join(reasons)}")
-    return list(runs.values()), left_out
+    return runs, left_out
 
 # ---- what it costs -------------------------------------------------------------------------------
 
@@ -236,7 +223,7 @@ def time_steps(runs, threads):
                 data_config = DataConfig(resolution=data_config.resolution,
                                          text_tokens=data_config.text_tokens,
                                          text_dim=input_shape(data_config)["text_dim"])
-            plain = dataclasses.replace(config, compile="off", threads=config.threads or threads,
+            plain = replace(config, compile="off", threads=config.threads or threads,
                                         val_images=None)
             state = train.TrainState(model_config, data_config, plain)
             seconds = []
@@ -250,7 +237,7 @@ def time_steps(runs, threads):
 
 def cost_of(run):
     """Of a run to its end: seconds where its step was timed, else those of an H100 at 40% MFU."""
-    return run.last_step * (run.step_seconds or run.step_flops / H100_FLOPS)
+    return run.last_step() * (run.step_seconds or run.step_flops / H100_FLOPS)
 
 def print_plan(runs):
     """The grid as a table, a line a point. FLOPs and time are what its budget adds to the last."""
@@ -269,20 +256,20 @@ def print_plan(runs):
                   f"{images:12,d} {steps:12,d} {added * run.step_flops:12.3e} {spent:>12}")
             separate += steps * run.step_flops
             before = steps
-    total = sum(run.last_step * run.step_flops for run in runs)
+    total = sum(run.last_step() * run.step_flops for run in runs)
     points = sum(len(run.steps) for run in runs)
     print(f"total: {len(runs)} runs, {points} points, {total:.3g} FLOPs ({total / separate:.0%} of "
           f"the {separate:.3g} of separate runs)")
 
 def print_left_out(runs, left_out):
     """A line for each size that is not read at every budget, and for each budget of few sizes."""
-    budgets_of = {}
-    for config, budget, reason in left_out:
-        reason = reason if reason.startswith("far") else "too few steps"
-        budgets_of.setdefault((config.depth, config.width, reason), {})[budget] = None
-    for (depth, width, reason), budgets in budgets_of.items():
-        at = ", ".join(f"{budget:.3g}" for budget in budgets)
-        print(f"left out: depth {depth}, width {width} at {at}: {reason}")
+    lines = {}   # a size may stand there twice, with two seeds
+    for depth, width, reasons in left_out:
+        for budget, reason in reasons.items():
+            reason = reason if reason.startswith("far") else "too few steps"
+            lines.setdefault((depth, width, reason), {})[f"{budget:.3g}"] = None
+    for (depth, width, reason), budgets in lines.items():
+        print(f"left out: depth {depth}, width {width} at {', '.join(budgets)}: {reason}")
     for budget in sorted({budget for run in runs for budget in run.steps}):
         sizes = len({run.N for run in runs if budget in run.steps})
         if sizes < 4:
@@ -361,7 +348,7 @@ def run_all(runs, jobs, threads):
             pending = futures
             while pending:
                 _, pending = wait(pending, timeout=0.5)
-                spent = sum(cost_of(run) * progress(run) / run.last_step for run in runs)
+                spent = sum(cost_of(run) * progress(run) / run.last_step() for run in runs)
                 names = ", ".join(os.path.basename(folder) for folder in list(running))
                 bar.set_postfix_str(f"{len(runs) - len(pending)} of {len(runs)} runs done, "
                                     f"now {names}", refresh=False)
@@ -416,7 +403,7 @@ def varied(sweep, flags):
     key, _, values = sweep.vary.partition("=")
     values = values.split(",")
     known = [one.name for config in (ModelConfig, DataConfig, train.TrainConfig)
-             for one in dataclasses.fields(config) if one.name not in NOT_VARIED]
+             for one in fields(config) if one.name not in NOT_VARIED]
     if key not in known:
         raise ValueError(f"--vary {sweep.vary}: {key or 'nothing'} can't be varied, these can: "
                          f"{', '.join(known)}")
@@ -434,7 +421,7 @@ def varied(sweep, flags):
     wide = 2 * TRAINED if key in ("arch", "resolution", "images") else None
     grids = []
     for folder, value in zip(folders, values):
-        one = dataclasses.replace(sweep, vary=None, out=os.path.join(out, folder),
+        one = replace(sweep, vary=None, out=os.path.join(out, folder),
                                   window=sweep.window or wide)
         extra = [] if (key, value) == ("images", "all") else [f"--{key}={value}"]
         grids.append((one, [*flags, *extra]))

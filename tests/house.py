@@ -9,6 +9,7 @@ import sys
 import tokenize
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 FILES = ("model", "flow", "data", "train", "evaluate", "sweep", "fit")
 COLUMNS = ("lines", "mean width", "max width", "over 100", "comments", "longest", "flags", "concepts")
 
@@ -24,7 +25,7 @@ def words_of(source, tree):
 
 
 def crowded(tree):
-    """Numbers of the lines that begin more than one statement (`if x: return` and `a; b`)."""
+    """Numbers of the lines that begin more than one statement, as `if x: return` and `a; b` do."""
     first, found = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.stmt):
@@ -38,9 +39,18 @@ def is_flag(node):
     if isinstance(node, ast.Call):
         return getattr(node.func, "attr", "") == "add_argument"
     value = getattr(node, "value", None)
-    return (isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call)
-            and getattr(value.func, "id", "") == "field"
-            and any(keyword.arg == "metadata" for keyword in value.keywords))
+    if not (isinstance(node, ast.AnnAssign) and isinstance(value, ast.Call)):
+        return False
+    name = getattr(value.func, "id", "")
+    help_text = any(keyword.arg == "metadata" for keyword in value.keywords)
+    return name == "flag" or name == "field" and help_text
+
+
+def functions(path):
+    """{name: lines} of all functions of a file."""
+    return {node.name: node.end_lineno - node.lineno + 1
+            for node in ast.walk(ast.parse(Path(path).read_text()))
+            if isinstance(node, ast.FunctionDef)}
 
 
 def measure(path):
@@ -48,8 +58,6 @@ def measure(path):
     source = Path(path).read_text()
     tree, lines = ast.parse(source), source.splitlines()
     nodes = list(ast.walk(tree))
-    functions = {node.name: node.end_lineno - node.lineno + 1 for node in nodes
-                 if isinstance(node, ast.FunctionDef)}
     widths = [len(line) for line in lines if line.strip()]
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     constants = sum(len(target.elts) if isinstance(target, ast.Tuple) else target.id.isupper()
@@ -61,7 +69,7 @@ def measure(path):
     count = sum(isinstance(node, ast.FunctionDef) for node in nodes)
     return {"lines": len(lines), "width": sum(widths), "full": len(widths), "max width": max(widths),
             "over 100": sum(width > 100 for width in widths), "words": len(words_of(source, tree)),
-            "longest": max(functions.values(), default=0), "flags": flags,
+            "longest": max(functions(path).values(), default=0), "flags": flags,
             "concepts": count + classes + flags + constants + len(keys),
             "crowded": crowded(tree)}
 
@@ -80,6 +88,6 @@ def measures(folder):
 
 if __name__ == "__main__":
     print(f"{'':10}", *(f"{name:>10}" for name in COLUMNS))
-    for name, one in measures(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent).items():
+    for name, one in measures(sys.argv[1] if len(sys.argv) > 1 else ROOT).items():
         cells = [f"{one[c]:10.0%}" if c == "comments" else f"{one[c]:10.0f}" for c in COLUMNS]
         print(f"{name:10}", *cells)
