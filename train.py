@@ -544,8 +544,9 @@ def warm_up_compiler(state):
     """Three passes beside the clock: the first compiles, the third records CUDA graphs."""
     began = time.monotonic()
     try:
+        batch = next(batches(state, state.step + 1, state.step + 1))
         for _ in range(3):
-            compute_gradients(state, next(batches(state, state.step + 1, state.step + 1))).item()
+            compute_gradients(state, batch).item()
             state.optimizer.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:
         raise
