@@ -50,8 +50,7 @@ HUB_NAMES = {"clip": "openai/clip-vit-large-patch14", "dinov2": "facebook/dinov2
 @dataclass(frozen=True)
 class EvaluateConfig:
     path: str = field(default="results/my-quick", metadata={
-        "help": "a results directory (the points that fit.py's parabolas use), a run (its points "
-                "and its checkpoint), a point, or a file of weights"})
+        "help": "a sweep (its points in fit.py's parabolas), a run, a point or a file of weights"})
     metrics: List[str] = field(default_factory=lambda: ["loss"], metadata={
         "help": "of loss, vlb, nll and fd; with fd come kid and caption_accuracy"})
     data: Optional[List[str]] = field(default=None, metadata={
@@ -68,8 +67,7 @@ class EvaluateConfig:
     samples: int = field(default=16, metadata={"help": "samples in the picture; 0: no picture"})
     seed: int = field(default=0, metadata={"help": "of all noise but that of the loss"})
     batch: int = field(default=64, metadata={"help": "images at once"})
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={
-        "help": "where to evaluate"})
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where"})
 
     def __post_init__(self):
         least = {"n": 2, "steps": 1, "likelihood_steps": 2, "samples": 0, "batch": 1}
@@ -138,6 +136,7 @@ def fingerprint(*modules):
     Not of a file, since safetensors orders its metadata at random.
     """
     digest = hashlib.sha256()
+    # An averaged and a raw model have the same names, so the order of the modules counts.
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -258,7 +257,8 @@ def load_reader(path):
     """The Reader in a file, to be used."""
     reader = Reader()
     weights = {name: weight.float() for name, weight in load_file(path).items()}
-    reader.load_state_dict(weights, strict=False)  # the file lacks BatchNorm's counters of batches
+    # The file lacks BatchNorm's counters of batches; a fingerprint tells if it lacks anything else.
+    reader.load_state_dict(weights, strict=False)
     return reader.eval().requires_grad_(False)
 
 
@@ -330,7 +330,7 @@ def for_each_image(n, batch, compute, what):
     values = [None] * len(batches)
     for number in tqdm(range(rank, len(batches), world), what, leave=False, disable=rank > 0):
         values[number] = compute(batches[number]).double().cpu()
-    if world > 1:
+    if world > 1:  # everybody gets everybody's list, with None where others were at work
         parts = [None] * world
         dist.all_gather_object(parts, values)
         values = [parts[number % world][number] for number in range(len(batches))]
@@ -416,10 +416,10 @@ def nll_protocol(subject):
 
 
 def likelihood_of_images(subject, protocol, measure):
-    """measure(x, text, text_mask, seed) -> (b, columns), of all images: (columns, n).
+    """The number of measure(x, text, text_mask, seed) -> (b, columns), nats first; other columns.
 
-    x has its uniform noise (of latents: is drawn from the VAE's posterior). The first column, nats,
-    is kept in METRIC_DATASET.npy, so that models can be compared image by image.
+    x has its uniform noise (of latents: is drawn from the VAE's posterior). The nats of each image
+    are kept in METRIC_DATASET.npy, so that models can be compared image by image.
     """
     data, metric = subject.data, protocol["metric"]
 
@@ -430,10 +430,10 @@ def likelihood_of_images(subject, protocol, measure):
         seed = seeded(metric, protocol["seed"], first).initial_seed()
         with train.autocast(x.device, subject.precision):
             return measure(x, text, text_mask, seed)
-    columns = for_each_image(protocol["n"], protocol["batch"], compute, metric).T
+    nats, *columns = for_each_image(protocol["n"], protocol["batch"], compute, metric).T
     if ranks()[0] == 0:
-        write_array(subject.file(metric, ".npy"), columns[0].numpy())
-    return columns
+        write_array(subject.file(metric, ".npy"), nats.numpy())
+    return bits_per_dim(subject, nats, pixels=not data.latents), columns
 
 
 def bits_per_dim(subject, nats, pixels):
@@ -445,14 +445,13 @@ def bits_per_dim(subject, nats, pixels):
 
 def vlb(subject, protocol):
     """{"vlb"}: the bound on -log p of the reverse SDE (flow.vlb), and its parts in nats."""
-    names = "nats", "prior", "diffusion", "reconstruction"
+    names = "prior", "diffusion", "reconstruction"
 
     def measure(x, text, text_mask, seed):
         bound = flow.vlb(subject.models["ema"], x, text, text_mask, VLB_TIMES, seed)
-        return torch.stack([bound[name] for name in names], dim=1)
-    columns = likelihood_of_images(subject, protocol, measure)
-    number = bits_per_dim(subject, columns[0], pixels=not subject.data.latents)
-    for name, column in zip(names[1:], columns[1:]):
+        return torch.stack([bound[name] for name in ("nats", *names)], dim=1)
+    number, columns = likelihood_of_images(subject, protocol, measure)
+    for name, column in zip(names, columns):
         number[f"{name}_nats"] = summary(column)["value"]
     return {"vlb": number}
 
@@ -466,8 +465,7 @@ def nll(subject, protocol):
         nats, error, _ = flow.log_likelihood(subject.models["ema"], x, text, text_mask,
                                              protocol["steps"], seed=seed)
         return torch.stack([-nats, error], dim=1)
-    nats, errors = likelihood_of_images(subject, protocol, measure)
-    number = bits_per_dim(subject, nats, pixels=not subject.data.latents)
+    number, (errors,) = likelihood_of_images(subject, protocol, measure)
     if number["value"] is not None:
         error = errors.square().mean().sqrt() / len(errors) ** 0.5
         number["se_of_probes"] = flow.bits_per_dim(error, subject.dims, pixels=False).item()
@@ -477,17 +475,16 @@ def nll(subject, protocol):
 def vlb_minus_nll(subject, protocol):
     """{"vlb_minus_nll"}: their difference, image by image, over the images of nll.
 
-    {} where no vlb of the same weights, images and noise is saved.
+    {} where no vlb of the same weights, images and noise is saved, or it is of fewer images.
     """
-    saved = read_saved(subject).get("vlb")
-    if ranks()[0] > 0 or saved is None:  # rank 0 wrote the files
+    saved = read_saved(subject)
+    if ranks()[0] > 0 or "vlb" not in saved:  # rank 0 alone has written the files
         return {}
-    shared = saved["protocol"].keys() & protocol.keys() - {"metric", "n"}
-    if any(saved["protocol"][key] != protocol[key] for key in shared):
+    of_vlb = saved["vlb"]["protocol"]
+    shared = of_vlb.keys() & protocol.keys() - {"metric", "n"}
+    if any(of_vlb[key] != protocol[key] for key in shared) or of_vlb["n"] < protocol["n"]:
         return {}
     vlb, nll = (np.load(subject.file(metric, ".npy")) for metric in ("vlb", "nll"))
-    if len(vlb) < len(nll):
-        return {}
     gap = torch.from_numpy(vlb[:len(nll)] - nll)
     return {"vlb_minus_nll": bits_per_dim(subject, gap, pixels=False)}
 
@@ -617,7 +614,7 @@ def caption_accuracy(subject, protocol):
         asked = Reader.asked(data.describe("validation", index), data.config.captions)
         return subject.network.accuracy(features.float().to(data.device), asked)
 
-    def means(shares):
+    def means(shares):  # without what no caption asks for
         values = {name: share.nanmean().item() for name, share in shares.items()}
         return {name: round(value, 5) for name, value in values.items() if value == value}
     real, samples = paired_features(subject, protocol["n"])
@@ -629,8 +626,9 @@ def caption_accuracy(subject, protocol):
         "samples_for_other_captions": means(shares(samples, index + 1))}}
 
 
-# name: function(subject, protocol) -> {key in the file: number}, function(subject) -> protocol.
-# Who asks for one gets all that have its protocol, for they look at the same images.
+# name: (function(subject, protocol) -> {key in the file: number}, function(subject) -> protocol).
+# A number is {"value", "se", ...}. A metric that does not apply to the data gives {}. Who asks for
+# one gets all with its protocol: they look at the same images, and samples are what costs.
 METRICS = {
     "loss": (loss, loss_protocol),
     "vlb": (vlb, vlb_protocol),
@@ -714,6 +712,7 @@ def evaluate_point(subject):
     for name, protocol in protocols.items():
         numbers = {key: number for key, number in saved.items() if number["protocol"] == protocol}
         if not numbers or config.save_images:
+            # A guided number has a name of its own, and so a law of its own.
             suffix = "" if protocol["guidance"] == 1 else f"_g{protocol['guidance']:g}"
             for key, number in METRICS[name][0](subject, protocol).items():
                 numbers[key + suffix] = {**number, "protocol": protocol}
@@ -721,6 +720,8 @@ def evaluate_point(subject):
             if numbers and ranks()[0] == 0:
                 write_json(subject.file("metrics", ".json"), {
                     "schema": train.SCHEMA, "data": subject.data.config.data, "metrics": saved})
+        if not numbers and name in config.metrics and ranks()[0] == 0:
+            raise ValueError(f"--metrics {name}: can't be measured on {subject.data.config.data}")
         for key, number in numbers.items():
             values.append(number["value"])
             if ranks()[0] == 0:
@@ -730,8 +731,7 @@ def evaluate_point(subject):
 
 def check_image_folder(config, files):
     """Raises ValueError where --save_images would mix images of several models or calls."""
-    several = len(files) > 1 or len(config.data or [""]) > 1 or config.metrics != ["fd"]
-    if several:
+    if len(files) > 1 or len(config.data or [""]) > 1 or config.metrics != ["fd"]:
         raise ValueError(f"--save_images {config.save_images}: takes --metrics fd of one model "
                          f"on one data set")
     folder = Path(config.save_images)
@@ -753,7 +753,8 @@ def evaluate(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     of_samples = any(METRICS[name][1] is sample_protocol for name in config.metrics)
     network = load_network(config.features, device) if of_samples else None
-    load_once, best = functools.cache(load_data), {}
+    load_once = functools.cache(load_data)
+    best = {}  # of each data set the lowest value, and whose it is
     for path in tqdm(files, desc="evaluating", unit="model", disable=rank > 0):
         models, definition, shape = load_models(path, device)
         weights = fingerprint(*models.values())

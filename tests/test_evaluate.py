@@ -302,6 +302,16 @@ def test_sparse_captions_are_asked_for_one_shape_only(tmp_path):
     assert 0 < number["value"] < 1
 
 
+def test_captions_that_were_cut_have_no_accuracy(tmp_path, capsys):
+    call(train.main, *TINY, "--text_tokens", "8", "--out", tmp_path / "run", "--budget", "8e7")
+    flags = [tmp_path / "run" / "budget_8e+07", "--n", "160", "--steps", "1", "--samples", "0"]
+    call(evaluate.main, *flags, "--metrics", "fd")
+    assert set(saved(flags[0])) == {"fd_scenes", "kid_scenes"}
+    with pytest.raises(SystemExit):
+        call(evaluate.main, *flags, "--metrics", "caption_accuracy")
+    assert "--metrics caption_accuracy: can't be measured" in capsys.readouterr().err
+
+
 # ---- distances -----------------------------------------------------------------------------------
 
 def whitened(random, n, covariance, mean):
