@@ -438,6 +438,22 @@ def test_what_a_caption_asks_for(world):
         assert sparse["colour"][row, scene["place"][row, 0], scene["colour"][row, 0]] == 1
 
 
+def test_as_many_kinds_are_read_at_a_place_as_are_asked_for():
+    """A reader that sees class 0 everywhere, then class 1, whatever the image."""
+    network = evaluate.Reader().requires_grad_(False)
+    network.tell.weight.zero_()
+    parts = [len(data.GROUNDS)] + 9 * [classes + 1 for classes in network.CLASSES.values()]
+    network.tell.bias.copy_(-torch.cat([torch.arange(count) for count in parts]).float())
+    zeros = torch.zeros(3, 3, dtype=torch.long)
+    scene = dict(place=zeros, colour=zeros, size=zeros, ground=torch.tensor([0, 1, 0]),
+                 kind=torch.tensor([[1, 0, 0], [1, 0, 0], [1, 2, 0]]),
+                 there=torch.arange(3) < torch.tensor([[1], [2], [2]]))
+    shares = network.accuracy(torch.zeros(3, 128), network.asked(scene, "dense"))
+    assert shares["ground"].tolist() == [1, 0, 1]
+    assert shares["kind"].tolist() == [0, 1, 0.5]   # 1; 0 and 1; 1 and 2
+    assert shares["all"].tolist() == [3 / 4, 4 / 5, 4 / 5]
+
+
 def test_the_reader_is_trained_by_its_script(tmp_path):
     """A few steps: the file loads, and its weights are not those of results/reader."""
     call(reader.main, tmp_path / "reader.safetensors", "--steps", "3", "--batch", "16")
