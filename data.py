@@ -250,9 +250,12 @@ def differences(saved, current, prefix=""):
 
 
 # ---- random numbers that are a function of their counter ---------------------------------------
-# There are two kinds. `seeded` starts a torch generator from any numbers, for draws on the CPU.
-# But torch's generators differ between CPU and CUDA, and give no sample a number of its own. What
-# is drawn on the device (scenes) or for one sample alone (captions, mirrors) hashes integers by `mix`.
+# There are two kinds, and both are needed:
+# - `seeded` starts one of torch's generators from any numbers. It serves draws on the CPU, such as
+#   the noise of a micro-batch.
+# - `mix` hashes integers with tensor operations. It serves what is drawn on any device (torch's
+#   generators of one seed differ between CPU and CUDA), or for one sample alone (a generator has to
+#   be started for each).
 
 def seeded(*numbers, device="cpu"):
     """A torch generator of the numbers alone: (seed, step, micro-batch), never the rank."""
@@ -558,6 +561,17 @@ class Scenes(Source):
 
 
 # ---- stored images: which rows there are -------------------------------------------------------
+# A data set of captioned images goes through four steps, whether `prepare` or a run asks for it:
+#
+#   open_splits    which rows there are: a Dataset of `datasets` for each split, nothing decoded
+#   encode         a row of that -> a row to train on: small pixels, captions, a digest; and with
+#                  encoders the features of its captions and the latent of its image
+#   choose_rows    which rows are for training and which for validation
+#   StoredImages   which row is sample i of the training
+#
+# `datasets` runs the second step and writes down what comes out: in its cache for a run, which then
+# has a table of pixels; in the folder of `prepare`, which then has a table of latents. Both tables
+# are memory-mapped Arrow files: only what a batch asks for is read from the disk.
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json",
            ".arrow": "arrow", ".tar": "webdataset"}
@@ -647,6 +661,9 @@ def in_parts(rows):
 
 # ---- stored images: what becomes of a row ------------------------------------------------------
 
+# Images come from anywhere and may be torn, hostile or of any format. What is done to them stands
+# here in one place, and `read_row` alone decides whether a row can be used.
+#
 # Pictures only: Pillow would hand PostScript to Ghostscript, which runs it as a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 MIN_SIDE, MAX_PIXELS = 8, 100_000_000   # smaller shows nothing, larger is a bomb (or a map)
@@ -756,6 +773,19 @@ def read_row(image, caption, resolution, roots):
             "captions": [one[:MAX_CAPTION] for one in captions], "pixels": pixels}
 
 
+def encode_pixels(rows, vae, resolution):
+    """Add to rows what a VAE makes of their pixels, which then only validation keeps."""
+    pixels = np.frombuffer(bytearray().join(row["pixels"] for row in rows), np.uint8)
+    pixels = torch.from_numpy(pixels.reshape(-1, resolution, resolution, 3))
+    for row, both in zip(rows, vae.moments(pixels).half().cpu().numpy()):
+        mean, logvar = both[0].astype(np.float64)       # of the image, not of its mirror image
+        row["moments"] = both.tobytes()
+        row["mean"] = mean.mean((1, 2)).tolist()
+        row["square"] = (mean ** 2 + np.exp(logvar)).mean((1, 2)).tolist()
+        if not row["validation"]:
+            del row["pixels"]
+
+
 def encode_rows(table, config, roots, text, vae, for_validation):
     """A batch of rows of a data set -> rows to train on: Arrow tables.
 
@@ -782,17 +812,7 @@ def encode_rows(table, config, roots, text, vae, for_validation):
         for row in good:
             row["text"] = [next(features).tobytes() for _ in row["captions"]]
     for start in range(0, len(good) if vae else 0, ENCODE_BATCH):
-        batch = good[start:start + ENCODE_BATCH]
-        pixels = np.frombuffer(bytearray().join(row["pixels"] for row in batch), np.uint8)
-        pixels = pixels.reshape(-1, config.resolution, config.resolution, 3)
-        moments = vae.moments(torch.from_numpy(pixels)).half().cpu().numpy()    # (B, 2, 2, C, h, h)
-        for row, both in zip(batch, moments):
-            mean, logvar = both[0].astype(np.float64)       # of the image, not of its mirror image
-            row["moments"] = both.tobytes()
-            row["mean"] = mean.mean((1, 2)).tolist()
-            row["square"] = (mean ** 2 + np.exp(logvar)).mean((1, 2)).tolist()
-            if not row["validation"]:
-                del row["pixels"]
+        encode_pixels(good[start:start + ENCODE_BATCH], vae, config.resolution)
     return pyarrow.Table.from_pylist(rows, row_types().arrow_schema)
 
 
@@ -857,8 +877,9 @@ def check_rows(tables, config):
                 if about["rows"] <= NAMED:
                     about["first"].append(f"{split} {row}: {remark}")
     if not any(map(any, usable.values())):
-        raise ValueError(f"--data {config.data}: none of its {sum(map(len, usable.values())):,} rows "
-                         f"can be used: {about_remarks(remarks)}")
+        rows = sum(map(len, usable.values()))
+        raise ValueError(f"--data {config.data}: none of its {rows:,} rows can be used: "
+                         f"{about_remarks(remarks)}")
     return remarks
 
 
@@ -874,6 +895,9 @@ def about_remarks(remarks):
 
 
 # ---- encoders of captions and images -----------------------------------------------------------
+# A text encoder turns captions into features without padding: a list of (length, F) arrays. All
+# encoders are frozen. Which weights they have is a part of a run's identity (`about`), because the
+# same name may stand for other weights tomorrow.
 
 TEXT_ENCODERS = {                       # kind: its default, its class in transformers
     "clip": ("openai/clip-vit-large-patch14", "CLIPTextModel"),
@@ -1061,11 +1085,13 @@ class StoredImages(Source):
     Raises ValueError, in one line, for what can't be read.
     """
 
+    prefetch = True
+
     def __init__(self, config, seed=0, device="cpu"):
         super().__init__(config, seed, device)
         stats = read_stats(config.data)
         if stats:
-            self.latents = self.prefetch = True
+            self.latents = True
             self.encoders, self.remarks = stats["encoders"], stats["remarks"]
             self.table = one_table(open_shards(config.data, stats["shards"]))
             self.rows = choose_rows(self.table)
@@ -1114,6 +1140,7 @@ class StoredImages(Source):
         text_mask (B, S), all on the device."""
         rows, picks, mirrored = self.choose(split, index)
         shape = self.shape
+        # Cells are views of the mapped file; np.stack is what reads it.
         if self.latents:
             both = 2, 2, shape["channels"], shape["size"], shape["size"]
             cells = self.table["moments"]
@@ -1125,7 +1152,7 @@ class StoredImages(Source):
             is_mirrored = torch.tensor(mirrored)[:, None, None, None]
             raw = torch.where(is_mirrored, pixels.flip(3), pixels).to(self.device)
         if self.text:
-            parts = self.text.features(self.captions(split, index))
+            parts = self.text.features(self.strings(rows, picks))
         else:
             cells = self.table["text"]
             parts = [array_of(cells[row].values[pick], np.float16, -1, shape["text_dim"])
@@ -1135,8 +1162,12 @@ class StoredImages(Source):
 
     def captions(self, split, index):
         """-> the captions as a list of strings."""
-        cells = self.table["captions"]
         rows, picks, _ = self.choose(split, index)
+        return self.strings(rows, picks)
+
+    def strings(self, rows, picks):
+        """One caption of each row."""
+        cells = self.table["captions"]
         return [cells[row][pick].as_py() for row, pick in zip(rows, picks)]
 
     @property
@@ -1187,7 +1218,10 @@ class StoredImages(Source):
 
 
 def read_images(config, device):
-    """What datasets reads -> {split: Dataset} as pixels, and {"text": its encoder} if pretrained."""
+    """-> {split: Dataset} of what datasets reads, as pixels, and the encoders of its captions.
+
+    The encoders are {} with the hash encoder, which is no network.
+    """
     import datasets
     splits, roots = open_splits(config)
     text = None if config.text == "hash" else PretrainedText(config, device)
@@ -1206,6 +1240,14 @@ SOURCES = {"scenes": Scenes, "scenes-ood": Scenes}      # by name; every other n
 
 
 # ---- latents: made once by `prepare` -----------------------------------------------------------
+# The folder holds
+#
+#   prepare.json                    flags, encoders and rows: what the shards belong to
+#   train-00000.arrow ...           the shards, tables of the columns of `row_types`
+#   validation-00000.arrow ...      those of a validation split of its own, if there is one
+#   stats.json                      written last: counts, remarks, scale and shift of the latents
+#
+# A shard is there whole or not at all, so that the same command goes on after a kill.
 
 FORMAT = 2      # of the folder
 
@@ -1243,7 +1285,10 @@ def open_shards(folder, names):
 
 
 def check_definition(out, definition):
-    """Refuse a folder that was begun with other flags, data or encoders."""
+    """Refuse a folder that was begun with other flags, data or encoders.
+
+    definition: what is known so far. Raises ValueError with the names of what differs.
+    """
     path = os.path.join(out, "prepare.json")
     saved = read_json(path, ["format", "flags"], "move it away or take another --out")
     if saved is None:
