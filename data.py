@@ -355,8 +355,8 @@ class Source:
                                 for about in (ours, theirs))
                 raise ValueError(f"--data {self.config.data}: its {what} encoder is {ours}, the "
                                  f"model was trained with {theirs}")
-        if "vae" in encoders:
-            self.encoders["vae"] = encoders["vae"]
+        for name in ("shift", "scale") if "vae" in encoders else ():
+            self.encoders["vae"][name] = encoders["vae"][name]
 
 
 def load_data(config, seed=0, device="cpu"):
@@ -607,6 +607,8 @@ def open_splits(config):
     import huggingface_hub
     for library in (datasets, huggingface_hub):
         library.logging.set_verbosity(50)   # errors are said here, in one line
+    if ranks()[0]:
+        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)   # see MAX_PIXELS
     name, files, roots = locate(config.data)
     files = files and {config.split: files}
@@ -792,8 +794,8 @@ def encode_rows(table, config, roots, text, vae, for_validation):
     text, vae: the encoders that look at them, or None. for_validation: whether these rows are, None
     where a tenth of them is.
     """
-    import pyarrow
-    Image.init()
+    import pyarrow.compute
+    Image.init()        # or it knows no format
     cells = []
     for name in (config.image_column, config.text_column):
         # json.caption is the field caption of the column json.
@@ -993,8 +995,9 @@ class PretrainedText:
         if config.text_dim not in (None, dim):
             raise ValueError(f"--text_dim {config.text_dim}: {source} gives {dim} (leave it out)")
         # The same weights with other words are another encoder.
-        words = self.tokenizer.backend_tokenizer.to_str()
-        sha256 = hashlib.sha256((weights_digest(network) + words).encode()).hexdigest()[:16]
+        words = getattr(self.tokenizer, "backend_tokenizer", None)
+        both = weights_digest(network) + (words.to_str() if words else "")
+        sha256 = hashlib.sha256(both.encode()).hexdigest()[:16]
         self.about = {"name": source, "sha256": sha256, "tokens": self.tokens}
 
     @torch.no_grad()

@@ -80,7 +80,7 @@ def everything(source):
     for split in ("train", "validation"):
         images = source.images(split, epoch(source, split))
         captions = source.captions(split, epoch(source, split))
-        found[split] = sorted((image.numpy().tobytes(), one) for image, one in zip(images, captions))
+        found[split] = sorted(zip([image.numpy().tobytes() for image in images], captions))
     return found
 
 
@@ -157,7 +157,7 @@ def test_captions_say_what_is_there():
         assert f" {colour} disc {data.PLACES[3 * int(3 * y) + int(3 * x)]}" in captions[k]
     assert is_alone.sum() > 10
     assert captions[0] == "grey: large white bar west, checked cyan cross northwest"
-    assert max(len(one.replace(":", " ").split()) for one in captions) <= 16     # all slots are enough
+    assert max(len(one.replace(":", " ").split()) for one in captions) <= 16
 
 
 def test_sparse_names_one_shape_of_the_same_images():
@@ -511,7 +511,7 @@ def test_a_failing_disk_is_not_a_skipped_row(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
     monkeypatch.setattr("builtins.open", fail)
     with pytest.raises(OSError, match="Input/output"):
-        data.read_row(pa.scalar({"bytes": None, "path": "a.png"}), pa.scalar("x"), 8, [str(tmp_path)])
+        data.read_row(pa.scalar(tiny.cell("a.png")), pa.scalar("x"), 8, [str(tmp_path)])
 
 
 def files_of_no_use(folder):
@@ -607,7 +607,7 @@ def test_pixels_with_clip_text_train_and_features_are_kept(tmp_path, encoders, m
 # ---- latents -----------------------------------------------------------------------------------
 
 def test_round_trip_is_the_reconstruction_of_the_vae(prepared, encoders, source):
-    """Encode, store in 16 bits, normalise, denormalise, decode: what the VAE makes of the pixels."""
+    """Encode, store in 16 bits, normalise and back, decode: what the VAE makes of the pixels."""
     latents, images = load_data(DataConfig(data=str(prepared))), load(source, resolution=16)
     assert latents.encoders["images"] == images.encoders["images"]
     index, pixels = epoch(images, "validation"), everything(images)["validation"]
@@ -653,7 +653,7 @@ def test_latents_are_normalised_and_the_loss_starts_as_expected(tmp_path, encode
 
 
 def fork(do):
-    """A copy of this process that does something and ends: -> its number. (Python starts slowly.)"""
+    """A copy of this process that does something and ends (Python starts slowly): its number."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -697,7 +697,8 @@ def test_kill_9_at_ten_moments_leaves_the_shards_of_an_undisturbed_run(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_two_ranks_make_the_shards_of_one(tmp_path, encoders, source, prepared, monkeypatch, stream):
+def test_two_ranks_make_the_shards_of_one(
+        tmp_path, encoders, source, prepared, monkeypatch, stream):
     pids = []
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
@@ -771,7 +772,8 @@ def test_training_from_latents_resumes_bit_for_bit_with_and_without_a_reader_thr
     assert picture.size[0] > 500
 
 
-def test_other_encoders_are_refused_by_training_and_evaluation(tmp_path, prepared, source, encoders):
+def test_other_encoders_are_refused_in_training_and_evaluation(
+        tmp_path, prepared, source, encoders):
     run(tmp_path / "run", "--data", str(prepared), "--val_images", "8")
     clip, vae = tiny.tiny_clip(tmp_path / "clip", seed=1), tiny.tiny_vae(tmp_path / "vae", seed=1)
     texts = make(tmp_path / "texts", source, encoders, text=clip)
@@ -797,7 +799,8 @@ def test_evaluation_of_latents_with_the_normalisation_of_the_training(tmp_path, 
     point = tmp_path / "run" / "budget_1e+09"
     evaluate.evaluate(evaluate.EvaluateConfig(
         path=str(point), metrics=["loss", "vlb", "nll", "fd"], data=[str(prepared), str(other)],
-        n=8, samples=2, steps=2, likelihood_steps=2, vlb_times=2, allow_singular=True, device="cpu"))
+        n=8, samples=2, steps=2, likelihood_steps=2, vlb_times=2, allow_singular=True,
+        device="cpu"))
     for name in (prepared.name, "other"):
         metrics = json.loads((point / f"metrics_{name}.json").read_text())["metrics"]
         nll = metrics["nll"]
@@ -851,7 +854,8 @@ def test_the_command_line(flags, status, said, monkeypatch, capsys):
 
 def test_look_writes_a_picture(tmp_path, prepared):
     """Without flags, of scenes, in a process of its own; of latents."""
-    subprocess.run([sys.executable, ROOT / "data.py"], cwd=tmp_path, check=True, capture_output=True)
+    command = [sys.executable, ROOT / "data.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert Image.open(tmp_path / "look.png").size[0] > 500
     data.look(DataConfig(data=str(prepared)), data.LookConfig(out=str(tmp_path / "latents.png")))
     assert Image.open(tmp_path / "latents.png").size[0] > 500

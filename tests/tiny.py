@@ -65,8 +65,8 @@ def tiny_t5(folder):
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
         unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=32, num_layers=2,
-                                   num_heads=3, feed_forward_proj="gated-gelu")
+    config = transformers.T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=32,
+                                   num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
     transformers.T5EncoderModel(config).save_pretrained(folder)
     return f"t5:{folder}"
 

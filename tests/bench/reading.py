@@ -1,18 +1,18 @@
 """How fast are data sets read, and what does `prepare` cost beside its encoders?
 
-    python tests/bench/reading.py [CHECKOUT]
+    python tests/bench/reading.py
 
-Prints one table, for this checkout or for another one: images/s of `batch` on one thread from a warm
-page cache, and how many times that is what the largest model of the quick family consumes. The
-latents have the size of Stable Diffusion's at 256 pixels with CLIP-L's features for captions that
-fill 77 slots (135 kB an image), but they are made by encoders of no weight.
+Prints one table: images/s of `batch` on one thread from a warm page cache, and how many times that
+is what the largest model of the quick family consumes. The latents have the size of Stable
+Diffusion's at 256 pixels, with CLIP-L's features for captions that fill 77 slots (135 kB an image),
+but are made by encoders of no weight.
 """
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else __file__ + "/../../..").resolve()
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
@@ -80,7 +80,7 @@ def main(folder):
         lambda: (network.moments(pixels), encoder.features(captions[:16])), 5)
 
     quick = training_rate()
-    print(f"{ROOT}\n{'':34} {'images/s':>9} {'x a 4 x 64 model':>17}")
+    print(f"{'':34} {'images/s':>9} {'x a 4 x 64 model':>17}")
     sources = {"scenes, 16 pixels": load_data(DataConfig()), "images, 16 pixels": load_data(raw),
                "latents 32 x 32 x 4, 77 x 768": load_data(DataConfig(data=f"{folder}/set"))}
     rates = {name: reading_rate(source) for name, source in sources.items()}
