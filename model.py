@@ -1,415 +1,498 @@
 """What is the network, how many parameters has it, and how many FLOPs does it take?
 
-A diffusion transformer (DiT) that predicts the velocity of a rectified flow. Three architectures, which differ in how the
-image learns of text and time, and share all else: patches, embeddings, attention, MLP, head.
+A diffusion transformer (DiT) that predicts the velocity of a rectified flow. Three architectures
+differ in how the image learns of text and time:
 
-    incontext   time, text and image tokens in one sequence, through plain pre-norm transformer blocks
+    incontext   time, text and image tokens in one sequence, through plain pre-norm blocks
                 (the main model of Liang et al., arXiv 2410.08184)
-    cross       image tokens attend to each other, then to the text; the time shifts, scales and gates them (adaLN-single)
-                (PixArt-alpha, arXiv 2310.00426)
-    mmdit       image and text are two streams with their own weights, joined in one attention; time and the mean of the
-                words shift, scale and gate both (adaLN-Zero)  (Stable Diffusion 3, arXiv 2403.03206)
+    cross       image tokens attend to each other, then to the text; the time shifts, scales and
+                gates them (adaLN-single; PixArt-alpha, arXiv 2310.00426)
+    mmdit       image and text, two streams with their own weights, meet in one attention; time and
+                text shift, scale and gate both (adaLN-Zero; Stable Diffusion 3, arXiv 2403.03206)
 
 `python model.py [ARCH]` prints the family of models. This file knows nothing of noise or of data.
-
-N = parameters (in the blocks, unless it is said otherwise), C = training FLOPs. Shapes in the comments:
+N = parameters (in the blocks, unless said otherwise), C = training FLOPs. Shapes in the comments:
 B batch, T tokens in the sequence, S text tokens, W width, H heads, F features of a text token.
 """
+import argparse
 import math
-import sys
 from dataclasses import dataclass, field
-from typing import Literal, Optional, get_args
+from typing import Literal, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 MUP_BASE_WIDTH = 64  # under mup, `lr` is the rate of a model of this width
 TIME_FEATURES = 256  # sines and cosines that a time is turned into, as in DiT
-Arch = Literal["incontext", "cross", "mmdit"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    arch: Arch = field(default="incontext", metadata={"help": "architecture (the paper's main one: incontext)"})
+    arch: str = field(default="incontext", metadata={
+        "help": "architecture: incontext (the paper's main one), cross or mmdit"})
     depth: int = field(default=2, metadata={"help": "number of transformer blocks"})
-    width: Optional[int] = field(default=None, metadata={"help": "width of a token (default: aspect * depth)"})
-    aspect: int = field(default=16, metadata={"help": "width / depth where --width is not given (the paper: 64)"})
-    head_dim: int = field(default=8, metadata={"help": "width of an attention head (the paper: 64)"})
+    width: Optional[int] = field(default=None, metadata={"help": "default: aspect * depth"})
+    aspect: int = field(default=16, metadata={"help": "width / depth (the paper: 64)"})
+    head_dim: int = field(default=8, metadata={"help": "width of a head (the paper: 64)"})
     patch: int = field(default=2, metadata={"help": "side of a patch, in pixels"})
-    qk_norm: bool = field(default=True, metadata={"help": "normalise queries and keys (the paper: not)"})
+    qk_norm: bool = field(default=True, metadata={"help": "normalise q and k (the paper: not)"})
     parametrization: Literal["mup", "sp"] = field(default="mup", metadata={
-        "help": f"mup: rate of hidden matrices lr*{MUP_BASE_WIDTH}/width; sp: lr for everything (the paper)"})
+        "help": "mup: rate of hidden matrices lr * 64 / width; sp: lr for everything (the paper)"})
 
     def __post_init__(self):
-        if self.arch not in get_args(Arch):
-            raise ValueError(f"--arch {self.arch}: is none of {', '.join(get_args(Arch))}")
-        if self.depth < 1:
-            raise ValueError(f"--depth {self.depth}: must be at least 1")
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"--arch {self.arch}: is none of {', '.join(ARCHITECTURES)}")
         if self.width is None:
             object.__setattr__(self, "width", self.aspect * self.depth)
-        if self.width < 1:
-            raise ValueError(f"--width {self.width} (or --aspect {self.aspect}): must be at least 1")
-        if self.head_dim < 1 or self.width % self.head_dim:
-            raise ValueError(f"--width {self.width} is not divisible by --head_dim {self.head_dim}: "
-                             f"take a width that is a multiple of {self.head_dim}, or another --head_dim")
-        if self.width % 4:
-            raise ValueError(f"--width {self.width} is not divisible by 4, which the 2-D sin-cos positions need")
+        for flag in ("depth", "aspect", "width", "head_dim", "patch"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        if self.width % self.head_dim:
+            raise ValueError(f"--width {self.width} is no multiple of --head_dim {self.head_dim}")
+        if self.width % 4:    # sines and cosines of rows and of columns
+            raise ValueError(f"--width {self.width} is no multiple of 4: take one that is")
 
 
 def sincos(position, features):
     """Sines and cosines of positions, at unit scale (root mean square 1), (n,) -> (n, features).
 
-    The frequencies of Vaswani et al. 2017, from 1 to 1/10,000. Unit scale matters: with small learned positions the
-    model sits on a plateau, not knowing which patches are neighbours, for most of a small budget.
+    The frequencies of Vaswani et al. 2017, from 1 to 1/10,000. Unit scale matters: with small
+    learned positions the model sits on a plateau, not knowing which patches are neighbours, for
+    most of a small budget.
     """
-    frequency = torch.exp(-math.log(10_000) * torch.arange(features // 2, device=position.device) / (features // 2))
-    angle = position.float()[:, None] * frequency[None, :]
+    step = torch.arange(features // 2, device=position.device)
+    frequency = torch.exp(-math.log(10_000) * step / (features // 2))
+    angle = position.float()[:, None] * frequency
     return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def sincos_2d(rows, columns, width):
-    """Half of the features tell the row, half the column: (rows * columns, width)."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([sincos(row.flatten(), width // 2), sincos(column.flatten(), width // 2)], dim=-1)
+def sincos_2d(side, width):
+    """Places in a square: half of the features tell the row, half the column, (side^2, width)."""
+    place = sincos(torch.arange(side), width // 2)
+    return torch.cat([place.repeat_interleave(side, dim=0), place.repeat(side, 1)], dim=-1)
 
 
-def attend(q, k, v, mask=None):
-    """Attention of heads, each (B, H, its tokens, head_dim) -> (B, tokens of q, W). mask: which keys are seen (None: all)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # By hand: torch's own attention on a CPU has no bfloat16 products, and takes twice as long.
-        with torch.autocast("cpu", enabled=False):   # which would copy the scores to float32 and back; the softmax sums in float32 by itself
-            scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)                # (B, H, T, T)
-            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-            attended = scores.softmax(-1) @ v                                        # (B, H, T, head_dim)
-    else:
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)           # (B, H, T, head_dim)
-    return rearrange(attended, "b h t d -> b t (h d)")
+# The role of a parameter decides its first values and, under mup, its learning rate. Each module
+# tells the roles of its own parameters, in `roles`; a parameter without one is an error.
+#   input    a matrix fed by pixels, words or times: the number of its inputs is fixed
+#   hidden   a matrix whose number of inputs grows with the width
+#   branch   a hidden one at the end of a residual branch: small at the start
+#   zero     a hidden one that is zero at the start
+#   vector   a bias, a table or the weight of a norm: starts as its module made it
+HIDDEN_ROLES = "hidden", "branch", "zero"
+ROLES = "input", "vector", *HIDDEN_ROLES
+
+# Which N the parameters of a module of the network are counted in.
+GROUPS = {"patch_in": "embedding", "text_in": "embedding", "time_in": "embedding",
+          "pooled_in": "embedding", "modulation": "embedding", "blocks": "blocks",
+          "norm": "head", "head": "head", "head_table": "head", "head_modulation": "head"}
 
 
-class HeadNorm(nn.RMSNorm):
-    def forward(self, heads):
-        # On a CPU torch wants one dtype, or warns of its slow path; on a GPU autocast computes it in float32.
-        weight = self.weight.type_as(heads) if heads.device.type == "cpu" else self.weight
-        return F.rms_norm(heads, self.normalized_shape, weight, self.eps)
-
-
-class Attention(nn.Module):
-    """The layers before and after `attend`. cross: only queries are made of the tokens; keys and values are of the text."""
-
-    def __init__(self, config, cross=False):
-        super().__init__()
-        W, self.head_dim = config.width, config.head_dim
-        if cross:
-            self.q, self.kv = nn.Linear(W, W), nn.Linear(W, 2 * W)
-        else:
-            self.qkv = nn.Linear(W, 3 * W)
-        self.out = nn.Linear(W, W)
-        # Unbounded attention logits are what makes large transformers diverge; normalised ones cannot grow.
-        self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
-
-    def heads(self, tokens, text=None):
-        """tokens (B, T, W), text (B, S, W) for cross -> q (B, H, T, head_dim), k and v (B, H, T or S, head_dim)."""
-        def split(projected, n):
-            return rearrange(projected, "b t (n h d) -> n b h t d", n=n, d=self.head_dim)
-
-        if text is None:
-            q, k, v = split(self.qkv(tokens), 3)
-        else:
-            (q,), (k, v) = split(self.q(tokens), 1), split(self.kv(text), 2)
-        return self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v
-
-    def forward(self, tokens, text, mask):
-        return self.out(attend(*self.heads(tokens, text), mask))                     # (B, T, W)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.fc_in = nn.Linear(config.width, 4 * config.width)
-        self.fc_out = nn.Linear(4 * config.width, config.width)
-
-    def forward(self, tokens):
-        return self.fc_out(F.gelu(self.fc_in(tokens), approximate="tanh"))
+class Linear(nn.Linear):
+    def __init__(self, inputs, outputs, role="hidden"):
+        super().__init__(inputs, outputs)
+        nn.init.zeros_(self.bias)
+        self.roles = {"weight": role, "bias": "vector"}
 
 
 class Norm(nn.LayerNorm):
-    """Layer norm. Its shift and scale are parameters, or (adaLN) given for each image, (B, 1, W)."""
-
-    def forward(self, tokens, shift=None, scale=None):
-        normed = super().forward(tokens)
-        return normed if shift is None else normed * (1 + scale) + shift
+    roles = {"weight": "vector", "bias": "vector"}
 
 
-class Modulation(nn.Linear):
-    """adaLN: the vectors that shift, scale and gate the tokens of an image, c (B, W) -> (n, B, 1, W). Zero at the start,
-    so that each block begins as the identity (adaLN-Zero; Peebles and Xie, DiT, arXiv 2212.09748)."""
+class HeadNorm(nn.RMSNorm):
+    """QK-norm: attention logits without a bound are what makes large transformers diverge."""
+    roles = {"weight": "vector"}
 
+    def forward(self, heads):
+        # A CPU wants one dtype, or warns of its slow path. A GPU's autocast takes float32.
+        weight = self.weight.type_as(heads) if heads.device.type == "cpu" else self.weight
+        return F.rms_norm(heads, self.normalized_shape, weight, self.eps).type_as(heads)
+
+
+class Modulation(Linear):
+    """adaLN: n vectors that shift, scale and gate an image's tokens, c (B, W) -> (n, B, 1, W).
+
+    Zero at the start, so that each block begins as the identity (DiT, arXiv 2212.09748).
+    """
     def __init__(self, width, n):
-        super().__init__(width, n * width)
+        super().__init__(width, n * width, role="zero")
 
     def forward(self, c):
         return rearrange(super().forward(F.silu(c)), "b (n w) -> n b 1 w", w=self.in_features)
 
 
-def gated(branch, gate):
-    return branch if gate is None else gate * branch
+def modulated(tokens, shift, scale):
+    """adaLN: layer norm whose shift and scale, (B, 1, W), are the image's, not parameters."""
+    return F.layer_norm(tokens, tokens.shape[-1:]) * (1 + scale) + shift
 
 
-class Block(nn.Module):
-    """A stream of tokens through attention and MLP, each behind a norm and added to the stream.
+class MLP(nn.Sequential):
+    def __init__(self, width):
+        super().__init__()
+        self.fc_in = Linear(width, 4 * width)
+        self.gelu = nn.GELU(approximate="tanh")
+        self.fc_out = Linear(4 * width, width, role="branch")
 
-    incontext: that is all. cross: in between, the stream attends to the text (without norm or gate, as in PixArt), and what is
-    the block's own in its modulation is a table (6, W) (adaLN-single). mmdit: a linear layer of its own makes the modulation,
-    and JointBlock attends, between `heads` and `add`. last_text: nothing reads the text after the last layer, so there its
-    stream ends in heads (as in SD3, which computes the queries too and leaves them).
-    A modulation m is (shift1, scale1, gate1, shift2, scale2, gate2), each (B, 1, W), or None without adaLN.
+
+def attend(q, k, v, mask=None):
+    """Attention of heads (B, H, their tokens, head_dim) -> (B, tokens of q, W). mask: keys seen."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # By hand: torch's own attention on a CPU has no bfloat16 products, and takes twice as long.
+        # Autocast would copy the scores to float32 and back; the softmax sums in float32 anyway.
+        with torch.autocast("cpu", enabled=False):
+            scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)        # (B, H, T, T)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -math.inf)
+            attended = scores.softmax(-1) @ v                                # (B, H, T, head_dim)
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)   # (B, H, T, head_dim)
+    return rearrange(attended, "b h t d -> b t (h d)")
+
+
+class Attention(nn.Module):
+    """The layers before and after `attend`. cross: keys and values are made of the text."""
+    def __init__(self, config, cross=False):
+        super().__init__()
+        W, self.head_dim = config.width, config.head_dim
+        if cross:
+            self.q = Linear(W, W)
+            self.kv = Linear(W, 2 * W)
+        else:
+            self.qkv = Linear(W, 3 * W)
+        # The cross-attention starts at zero, like PixArt's: it has no gate that would.
+        self.out = Linear(W, W, role="zero" if cross else "branch")
+        self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
+
+    def heads(self, tokens, text=None):
+        """tokens (B, T, W), text (B, S, W) -> q, k, v, each (B, H, its tokens, head_dim)."""
+        if text is None:
+            q, k, v = self.qkv(tokens).chunk(3, dim=-1)
+        else:
+            q, (k, v) = self.q(tokens), self.kv(text).chunk(2, dim=-1)
+        q, k, v = (rearrange(x, "b t (h d) -> b h t d", d=self.head_dim) for x in (q, k, v))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, tokens, mask=None, text=None):
+        return self.out(attend(*self.heads(tokens, text), mask))             # (B, T, W)
+
+
+class PlainBlock(nn.Module):
+    """incontext: attention and MLP, each behind a norm and added to the tokens."""
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = Norm(config.width)
+        self.attention = Attention(config)
+        self.norm2 = Norm(config.width)
+        self.mlp = MLP(config.width)
+
+    def forward(self, tokens, mask):
+        """tokens (B, T, W), mask (B, 1, 1, T)."""
+        tokens = tokens + self.attention(self.norm1(tokens), mask)
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class CrossBlock(nn.Module):
+    """cross: in between, the image attends to the text, without norm or gate, as in PixArt.
+
+    One modulation serves all blocks; a block's own part of it is a table (adaLN-single).
     """
+    roles = {"table": "vector"}
 
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config.width)
+        self.cross_attention = Attention(config, cross=True)
+        self.table = nn.Parameter(torch.zeros(6, config.width))
+
+    def forward(self, image, modulation, text, text_mask):
+        """image (B, T, W), modulation (6, B, 1, W), text (B, S, W), text_mask (B, 1, 1, S)."""
+        modulation = modulation + self.table[:, None, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation            # each (B, 1, W)
+        image = image + gate1 * self.attention(modulated(image, shift1, scale1))
+        image = image + self.cross_attention(image, text_mask, text)
+        return image + gate2 * self.mlp(modulated(image, shift2, scale2))
+
+
+class Stream(nn.Module):
+    """One of the two streams of a JointBlock: what it does before and after their attention."""
     def __init__(self, config, last_text=False):
         super().__init__()
-        W, plain = config.width, config.arch == "incontext"
-        self.norm1 = Norm(W, elementwise_affine=plain)
         self.attention = Attention(config)
-        self.norm2 = Norm(W, elementwise_affine=plain)
-        self.mlp = MLP(config)
-        if config.arch == "cross":
-            self.cross_attention = Attention(config, cross=True)
-            self.table = nn.Parameter(torch.zeros(6, W))
-        if config.arch == "mmdit":
-            self.modulation = Modulation(W, 2 if last_text else 6)
+        self.mlp = MLP(config.width)
+        self.modulation = Modulation(config.width, 2 if last_text else 6)
         if last_text:
-            self.attention.out = self.norm2 = self.mlp = None
+            # Nothing reads the text after the last attention (as in SD3, which computes the queries
+            # too and leaves them). What is dropped was made all the same: that draws random
+            # numbers, and a seed must go on giving the same weights.
+            self.attention.out = self.mlp = None
 
-    def heads(self, tokens, m):
-        return self.attention.heads(self.norm1(tokens, *m[:2]))
+    def heads(self, tokens, modulation):
+        shift1, scale1 = modulation[:2]
+        return self.attention.heads(modulated(tokens, shift1, scale1))
 
-    def add(self, tokens, attended, m, text=None, text_mask=None):
-        _, _, gate1, shift2, scale2, gate2 = m
-        tokens = tokens + gated(self.attention.out(attended), gate1)
-        if text is not None:
-            tokens = tokens + self.cross_attention(tokens, text, text_mask)
-        return tokens + gated(self.mlp(self.norm2(tokens, shift2, scale2)), gate2)
-
-    def forward(self, tokens, mask=None, c=None, text=None, text_mask=None):
-        """tokens (B, T, W) -> the same. cross: c (6, B, 1, W), the same for all blocks, text (B, S, W), text_mask (B, 1, 1, S)."""
-        m = 6 * (None,) if c is None else c + self.table[:, None, None]
-        return self.add(tokens, attend(*self.heads(tokens, m), mask), m, text, text_mask)
+    def add(self, tokens, attended, modulation):
+        gate1, shift2, scale2, gate2 = modulation[2:]
+        tokens = tokens + gate1 * self.attention.out(attended)
+        return tokens + gate2 * self.mlp(modulated(tokens, shift2, scale2))
 
 
 class JointBlock(nn.Module):
-    """A layer of mmdit: two streams with their own weights, whose queries, keys and values meet in one attention."""
-
+    """mmdit: two streams with their own weights, whose queries, keys and values are joined."""
     def __init__(self, config, last):
         super().__init__()
-        self.image, self.text, self.last = Block(config), Block(config, last_text=last), last
+        self.last = last
+        self.image = Stream(config)
+        self.text = Stream(config, last_text=last)
 
     def forward(self, image, text, mask, c):
-        """image (B, T_image, W), text (B, S, W), mask (B, 1, 1, T_image + S), c (B, W) -> image, text."""
-        m_image, m_text = self.image.modulation(c), self.text.modulation(c)
-        parts = self.image.heads(image, m_image), self.text.heads(text, m_text)
-        attended = attend(*(torch.cat(pair, dim=2) for pair in zip(*parts)), mask)               # (B, T_image + S, W)
-        of_image, of_text = attended.split([image.shape[1], text.shape[1]], dim=1)
-        return self.image.add(image, of_image, m_image), text if self.last else self.text.add(text, of_text, m_text)
+        """image (B, T, W), text (B, S, W), mask (B, 1, 1, T + S), c (B, W) -> image, text."""
+        of_image, of_text = self.image.modulation(c), self.text.modulation(c)    # (6, B, 1, W)
+        heads = zip(self.image.heads(image, of_image), self.text.heads(text, of_text))
+        q, k, v = (torch.cat(pair, dim=2) for pair in heads)                 # (B, H, T + S, ...)
+        attended = attend(q, k, v, mask)                                     # (B, T + S, W)
+        to_image, to_text = attended.split([image.shape[1], text.shape[1]], dim=1)
+        image = self.image.add(image, to_image, of_image)
+        return image, text if self.last else self.text.add(text, to_text, of_text)
 
 
-class DiT(nn.Module):
-    """The velocity v(x_t, t, text, text_mask).
+# ---- the network ---------------------------------------------------------------------------------
 
-    config: ModelConfig. channels, size: of the square images or latents; text_tokens S and text_dim F: of the caption
+class Transformer(nn.Module):
+    """The velocity v(x_t, t, text, text_mask): what the architectures share.
+
+    channels, size: of the square images or latents; text_tokens S and text_dim F: of the caption
     features. Raises ValueError for a patch that does not divide the image.
+    An architecture adds `build`, its blocks, and `transform`, the way of the image through them.
     """
-
     def __init__(self, config, channels=3, size=16, text_tokens=16, text_dim=32):
         super().__init__()
         if size % config.patch:
             raise ValueError(f"--patch {config.patch} does not divide the image side {size}: "
-                             f"take a --patch or a --resolution that fits")
+                             "take a --patch or a --resolution that fits")
         self.config, self.channels, self.size = config, channels, size
         self.text_tokens, self.text_dim = text_tokens, text_dim
-        W, side, arch = config.width, size // config.patch, config.arch
-        self.image_tokens = side * side
-        self.patch_in = nn.Linear(config.patch ** 2 * channels, W)
-        self.text_in = nn.Linear(text_dim, W)
-        self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, W), nn.SiLU(), nn.Linear(W, W))
-        if arch == "mmdit":
-            self.blocks = nn.ModuleList(JointBlock(config, last=k == config.depth - 1) for k in range(config.depth))
-            self.pooled_in = nn.Linear(text_dim, W)  # SD3 reads CLIP's pooled text here; ours is the mean of the words
-            self.head_modulation = Modulation(W, 2)
-        else:
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        if arch == "cross":
-            self.modulation = Modulation(W, 6)
-            self.head_table = nn.Parameter(torch.zeros(2, W))
-        self.norm = Norm(W, elementwise_affine=arch == "incontext")
-        self.head = nn.Linear(W, config.patch ** 2 * channels)
+        W, side = config.width, size // config.patch
+        self.image_tokens = side ** 2
+        self.patch_in = Linear(config.patch ** 2 * channels, W, role="input")
+        self.text_in = Linear(text_dim, W, role="input")
+        embed_time = Linear(TIME_FEATURES, W, role="input")
+        self.time_in = nn.Sequential(embed_time, nn.SiLU(), Linear(W, W))
+        self.build(config)
+        self.head = Linear(W, config.patch ** 2 * channels, role="zero")
         # Fixed, hence no parameters; made anew from the configuration, hence not in the state dict.
-        self.register_buffer("image_positions", sincos_2d(side, side, W), persistent=False)             # (T_image, W)
-        self.register_buffer("text_positions", sincos(torch.arange(text_tokens), W), persistent=False)  # (S, W)
+        image_positions, text_positions = sincos_2d(side, W), sincos(torch.arange(text_tokens), W)
+        self.register_buffer("image_positions", image_positions, persistent=False)   # (T, W)
+        self.register_buffer("text_positions", text_positions, persistent=False)     # (S, W)
         self.initialise()
 
-    def initialise(self):
-        """Every linear layer keeps the scale of its input, every residual branch starts small, the output at zero.
+    def parameter_roles(self):
+        """Each parameter with its role. Raises ValueError for one whose module tells none."""
+        for path, module in self.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                role = getattr(module, "roles", {}).get(name.split(".")[-1])
+                if role not in ROLES:
+                    raise ValueError(f"parameter {name} has no role: {type(module).__name__}.roles "
+                                     f"must tell it, one of {', '.join(ROLES)}")
+                yield parameter, role
 
-        Branches of cross and mmdit start at zero: their gates do, and PixArt's projection of the cross-attention, which has none.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features ** -0.5
-                if name.endswith(("attention.out", "mlp.fc_out")):  # 2 * depth branches add up to one (GPT-2)
-                    std /= math.sqrt(2 * self.config.depth)
-                nn.init.normal_(module.weight, std=std)
-                nn.init.zeros_(module.bias)
-            if isinstance(module, Modulation) or name.endswith("cross_attention.out"):
-                nn.init.zeros_(module.weight)
-        nn.init.zeros_(self.head.weight)
+    def initialise(self):
+        """Matrices keep the scale of their input, branches start small, the output at zero."""
+        for parameter, role in self.parameter_roles():
+            if role == "vector":
+                continue
+            std = parameter.shape[1] ** -0.5
+            if role == "branch":    # 2 * depth branches add up to one (GPT-2)
+                std /= math.sqrt(2 * self.config.depth)
+            nn.init.normal_(parameter, std=0 if role == "zero" else std)
 
     def forward(self, x_t, t, text, text_mask):
-        """x_t (B, channels, size, size), t (B,), text (B, S, F), text_mask (B, S) bool -> v, of the shape of x_t.
+        """x_t (B, channels, size, size), t (B,), text (B, S, F), text_mask (B, S) -> v, like x_t.
 
-        Text slots that are masked out are seen by no token, so their content is irrelevant; a caption with no real
-        token at all is the unconditional model.
+        Text slots that are masked out are seen by no token, so their content is irrelevant; a
+        caption with no real token at all is the unconditional model.
         """
         p, S = self.config.patch, self.text_tokens
         if text.shape[1:] != (S, self.text_dim) or text_mask.shape != text.shape[:2]:
             raise ValueError(f"text {tuple(text.shape)} and text_mask {tuple(text_mask.shape)}: "
                              f"this model takes (B, {S}, {self.text_dim}) and (B, {S})")
-        image = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)       # (B, T_image, p*p*channels)
-        image = self.patch_in(image) + self.image_positions                          # (B, T_image, W)
-        time = self.time_in(sincos(1000 * t, TIME_FEATURES).type_as(x_t))            # (B, W)
-        if self.config.arch == "incontext":
-            text = self.text_in(text) + self.text_positions                          # (B, S, W)
-            tokens = torch.cat([time[:, None], text, image], dim=1)                  # (B, T, W)
-            mask = F.pad(text_mask, (1, self.image_tokens), value=True)[:, None, None]   # (B, 1, 1, T): which keys are seen
-            for block in self.blocks:
-                tokens = block(tokens, mask)
-            image = self.norm(tokens[:, -self.image_tokens:])                        # (B, T_image, W)
-        elif self.config.arch == "cross":
-            # Attention to no key at all is not defined. So an empty caption is read as one word of zeros, which no word is:
-            # all that it says is the bias of text_in (and place 0), a learned "no caption" as PixArt has one.
-            text = text.where(text_mask[..., None], 0)
-            empty = F.pad(~text_mask.any(1, keepdim=True), (0, S - 1))
-            mask = (text_mask | empty)[:, None, None]                                # (B, 1, 1, S)
-            text, c = self.text_in(text) + self.text_positions, self.modulation(time)    # (B, S, W), (6, B, 1, W)
-            for block in self.blocks:
-                image = block(image, None, c, text, mask)
-            image = self.norm(image, *(time[None, :, None] + self.head_table[:, None, None]))
-        else:
-            text = text.where(text_mask[..., None], 0)
-            c = time + self.pooled_in(text.sum(1) / text_mask.sum(1, keepdim=True).clamp(min=1))   # (B, W)
-            text = self.text_in(text) + self.text_positions                          # (B, S, W)
-            mask = F.pad(text_mask, (self.image_tokens, 0), value=True)[:, None, None]   # (B, 1, 1, T_image + S)
-            for block in self.blocks:
-                image, text = block(image, text, mask, c)
-            image = self.norm(image, *self.head_modulation(c))
-        return rearrange(self.head(image), "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=self.size // p)
+        image = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+        image = self.patch_in(image) + self.image_positions                  # (B, T, W)
+        time = self.time_in(sincos(1000 * t, TIME_FEATURES).type_as(x_t))    # (B, W)
+        text = text.where(text_mask[..., None], 0)
+        v = self.head(self.transform(image, time, text, text_mask))          # (B, T, p*p*channels)
+        return rearrange(v, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=self.size // p)
 
     def parameter_groups(self, lr):
         """Parameters for an optimiser, each group with its learning rate.
 
-        mup, after Yang et al. 2022 (arXiv 2203.03466, table 3, Adam): a matrix whose input grows with the width gets a
-        rate proportional to 1/width, and everything else (biases, norms, tables, and the matrices fed by pixels, words or
-        times, whose number of inputs is fixed) keeps the rate. With that, the best `lr` of a small model is
-        that of a large one too. The output is zero at the start, as the table allows. The table's 1/d in place of 1/sqrt(d)
-        in the attention is for heads that grow; here they keep head_dim and grow in number, so nothing is to be changed.
+        mup, after Yang et al. 2022 (arXiv 2203.03466, table 3, Adam): a matrix whose input grows
+        with the width gets a rate proportional to 1/width, and everything else (biases, norms,
+        tables, and the matrices fed by pixels, words or times, whose number of inputs is fixed)
+        keeps the rate. With that, the best `lr` of a small model is that of a large one too. The
+        output is zero at the start, as the table allows. The table's 1/d in place of 1/sqrt(d) in
+        the attention is for heads that grow; here they keep head_dim and grow in number, so nothing
+        is to be changed.
         """
+        roles = list(self.parameter_roles())
         if self.config.parametrization == "sp":
             return [{"params": list(self.parameters()), "lr": lr}]
-        hidden = [module.weight for name, module in self.named_modules() if isinstance(module, nn.Linear)
-                  and name not in ("patch_in", "text_in", "pooled_in", "time_in.0")]
-        chosen = {id(weight) for weight in hidden}
-        other = [parameter for parameter in self.parameters() if id(parameter) not in chosen]
-        return [{"params": hidden, "lr": lr * MUP_BASE_WIDTH / self.config.width}, {"params": other, "lr": lr}]
+        hidden = [parameter for parameter, role in roles if role in HIDDEN_ROLES]
+        other = [parameter for parameter, role in roles if role not in HIDDEN_ROLES]
+        hidden_lr = lr * MUP_BASE_WIDTH / self.config.width
+        return [{"params": hidden, "lr": hidden_lr}, {"params": other, "lr": lr}]
 
     def count_parameters(self):
-        """N by group: {"blocks", "embedding", "head", "total"}. The law is of the blocks by default.
+        """N by group: blocks, embedding, head, total. The law is of the blocks by default.
 
-        The one modulation of cross, which its blocks share, is a part of what embeds the time, as in PixArt's own count.
+        The one modulation of cross, which its blocks share, is a part of what embeds the time, as
+        in PixArt's own count. Raises ValueError for a module that is in no group.
         """
-        N = {"blocks": 0, "embedding": 0, "head": 0}
+        N = {"blocks": 0, "embedding": 0, "head": 0, "total": 0}
         for name, parameter in self.named_parameters():
-            group = "blocks" if name.startswith("blocks.") else "head" if name.startswith(("norm.", "head")) else "embedding"
-            N[group] += parameter.numel()
-        return {**N, "total": sum(N.values())}
+            module = name.split(".")[0]
+            if module not in GROUPS:
+                raise ValueError(f"parameter {name}: GROUPS must tell where {module} is counted")
+            N[GROUPS[module]] += parameter.numel()
+            N["total"] += parameter.numel()
+        return N
 
     def tokens(self):
-        """Tokens of one image, as D counts them: {"image", "text", "time"}; all text slots are computed, so all count.
+        """Tokens of one image, as D counts them; all text slots are computed, so all count.
 
-        The same for every arch (as the paper says), whether text and time are in the sequence, beside it, or in the norms.
+        The same for every arch (as the paper says), be text and time in the sequence or beside it.
         """
         return {"image": self.image_tokens, "text": self.text_tokens, "time": 1}
 
-    def count_flops(self):
-        """Forward FLOPs of one image, by kind of module: each linear layer times the tokens it sees, and the two
-        products of attention; 2 FLOPs for a multiply-add, nothing for the rest, as torch.utils.flop_counter counts."""
-        def linear(*layers):
-            return sum(2 * layer.in_features * layer.out_features for layer in layers if layer is not None)
-
-        I, S, W, arch = self.image_tokens, self.text_tokens, self.config.width, self.config.arch
-        T = {"incontext": I + S + 1, "cross": I, "mmdit": I + S}[arch]   # tokens that attend to one another
-        flops = {
-            "embedding": I * linear(self.patch_in) + S * linear(self.text_in) + linear(self.time_in[0], self.time_in[2]),
-            "attention projections": 0, "attention": 0, "mlp": 0, "modulation": 0,
-            "head": I * linear(self.head),
-        }
-        for block in self.blocks:
-            for stream, n in [(block.image, I), (block.text, S)] if arch == "mmdit" else [(block, T)]:
-                flops["attention projections"] += n * linear(stream.attention.qkv, stream.attention.out)
-                flops["mlp"] += n * linear(stream.mlp.fc_in, stream.mlp.fc_out) if stream.mlp else 0
-            flops["attention"] += 2 * (2 * T * T * W)
-            if arch == "cross":
-                cross = block.cross_attention
-                flops["attention projections"] += I * linear(cross.q, cross.out) + S * linear(cross.kv)
-                flops["attention"] += 2 * (2 * I * S * W)
-        if arch == "mmdit":
-            flops["embedding"] += linear(self.pooled_in)
-        flops["modulation"] = linear(*(module for module in self.modules() if isinstance(module, Modulation)))  # once an image
-        return flops
-
     def flops_per_image(self, count="exact"):
-        """Training FLOPs of one image. "exact": 3 times the counted forward pass (a backward pass is two of them);
-        "6nd": the paper's 6 * N * D, with N the parameters of the blocks and D all tokens of the image."""
+        """Training FLOPs of one image, by either count.
+
+        "exact": 3 times the forward pass, as a backward pass is two of them. torch counts it, on a
+        copy of the model that has shapes but no memory: 2 for each multiply-add of linear layers and
+        of the two products of attention, nothing for the rest.
+        "6nd": the paper's 6 * N * D, N the parameters of the blocks, D all tokens of the image.
+        """
         if count == "6nd":
             return 6 * self.count_parameters()["blocks"] * sum(self.tokens().values())
-        return 3 * sum(self.count_flops().values())
+        size, S, F = self.size, self.text_tokens, self.text_dim
+        with torch.device("meta"):
+            model = type(self)(self.config, self.channels, size, S, F)
+            x_t, t = torch.empty(1, self.channels, size, size), torch.empty(1)
+            text, text_mask = torch.empty(1, S, F), torch.empty(1, S, dtype=torch.bool)
+        counter = FlopCounterMode(display=False)
+        # MATH: the counter does not see what a CPU's kernel does, nor that flash computes twice.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(x_t, t, text, text_mask)
+        return 3 * counter.get_total_flops()
+
+
+class InContext(Transformer):
+    def build(self, config):
+        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.depth))
+        self.norm = Norm(config.width)
+
+    def transform(self, image, time, text, text_mask):
+        text = self.text_in(text) + self.text_positions                      # (B, S, W)
+        tokens = torch.cat([time[:, None], text, image], dim=1)              # (B, 1 + S + T, W)
+        mask = F.pad(text_mask, (1, self.image_tokens), value=True)[:, None, None]
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        return self.norm(tokens[:, -self.image_tokens:])
+
+
+class Cross(Transformer):
+    roles = {"head_table": "vector"}
+
+    def build(self, config):
+        self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
+        self.modulation = Modulation(config.width, 6)
+        self.head_table = nn.Parameter(torch.zeros(2, config.width))
+
+    def transform(self, image, time, text, text_mask):
+        # Attention to no key at all is not defined. So an empty caption is read as one word of
+        # zeros, which no word is: all that it says is the bias of text_in (and place 0), a learned
+        # "no caption" as PixArt has one.
+        empty = F.pad(~text_mask.any(1, keepdim=True), (0, self.text_tokens - 1))
+        mask = (text_mask | empty)[:, None, None]                            # (B, 1, 1, S)
+        text = self.text_in(text) + self.text_positions                      # (B, S, W)
+        modulation = self.modulation(time)                                   # (6, B, 1, W)
+        for block in self.blocks:
+            image = block(image, modulation, text, mask)
+        return modulated(image, *(time[None, :, None] + self.head_table[:, None, None]))
+
+
+class MMDiT(Transformer):
+    def build(self, config):
+        last = config.depth - 1
+        self.blocks = nn.ModuleList(JointBlock(config, k == last) for k in range(config.depth))
+        # SD3 reads CLIP's pooled text here; ours is the mean of the words.
+        self.pooled_in = Linear(self.text_dim, config.width, role="input")
+        self.head_modulation = Modulation(config.width, 2)
+
+    def transform(self, image, time, text, text_mask):
+        words = text_mask.sum(1, keepdim=True).clamp(min=1)                  # (B, 1)
+        c = time + self.pooled_in(text.sum(1) / words)                       # (B, W)
+        text = self.text_in(text) + self.text_positions                      # (B, S, W)
+        mask = F.pad(text_mask, (self.image_tokens, 0), value=True)[:, None, None]
+        for block in self.blocks:
+            image, text = block(image, text, mask, c)
+        return modulated(image, *self.head_modulation(c))
+
+
+ARCHITECTURES = {"incontext": InContext, "cross": Cross, "mmdit": MMDiT}
+
+
+def DiT(config, **shape):
+    """The model that `config` names; shape: of its input, see Transformer."""
+    return ARCHITECTURES[config.arch](config, **shape)
+
+
+# The input that a family's FLOPs are counted for: latents of a 256-pixel image with CLIP ViT-L/14
+# text, and small scenes.
+FAMILY_INPUT = {"paper": dict(channels=4, size=32, text_tokens=77, text_dim=768),
+                "quick": dict(channels=3, size=16, text_tokens=16, text_dim=64)}
+FAMILY_CONFIG = {"paper": dict(aspect=64, head_dim=64, qk_norm=False, parametrization="sp"),
+                 "quick": {}}
 
 
 def family(name):
     """[(depth, width), ...] of the named family: the sizes whose runs make a law.
 
-    "paper": widths of 64 * depth, 2 to 15 layers, and the 27 layers of the billion that the paper extrapolates to
-    (arXiv 2410.08184; the aspect is our choice, it brackets every optimum of theirs). "quick": the same idea for a laptop.
-    An aspect kept exactly would leave three sizes; with 12 to 24 there are nine, each 1.3 to 2.2 times the one before.
+    "paper": widths of 64 * depth, 2 to 15 layers, and the 27 layers of the billion that the paper
+    extrapolates to (arXiv 2410.08184; the aspect is our choice, it brackets every optimum of
+    theirs). "quick": the same idea for a laptop. An aspect kept exactly would leave three sizes;
+    with 12 to 24 there are nine, each 1.3 to 2.2 times the one before.
     """
     if name == "paper":
         return [(depth, 64 * depth) for depth in [*range(2, 16), 27]]
     return [(1, 16), (1, 24), (2, 24), (2, 32), (2, 40), (2, 48), (3, 48), (3, 64), (4, 64)]
 
 
-# The input that a family's FLOPs are counted for: latents of a 256-pixel image with CLIP ViT-L/14 text, and small scenes.
-FAMILY_INPUT = {"paper": dict(channels=4, size=32, text_tokens=77, text_dim=768),
-                "quick": dict(channels=3, size=16, text_tokens=16, text_dim=64)}
-FAMILY_CONFIG = {"paper": dict(aspect=64, head_dim=64, qk_norm=False, parametrization="sp"), "quick": {}}
-
-
 def model_table(name, arch="incontext"):
-    """The family as lines of text: depth, width, N by group, tokens and training FLOPs of an image in both counts."""
-    lines = [f"{name:>6} depth width    N blocks N embedding   N head     N total tokens FLOPs/image       6ND 6ND/exact"]
+    """The family as lines of text: N by group, tokens, FLOPs of an image in both counts."""
+    lines = [f"{name} depth width      blocks   embedding        head     total N tokens "
+             "FLOPs/image       6ND 6ND/exact"]
     for depth, width in family(name):
         with torch.device("meta"):  # shapes without memory
-            model = DiT(ModelConfig(arch, depth, width, **FAMILY_CONFIG[name]), **FAMILY_INPUT[name])
-        N, exact, approximate = model.count_parameters(), model.flops_per_image(), model.flops_per_image("6nd")
-        lines.append(f"{depth:12d} {width:5d} {N['blocks']:11,d} {N['embedding']:11,d} {N['head']:8,d} {N['total']:11,d} "
-                     f"{sum(model.tokens().values()):6d} {exact:11.3e} {approximate:9.2e} {approximate / exact:9.3f}")
+            config = ModelConfig(arch, depth, width, **FAMILY_CONFIG[name])
+            model = DiT(config, **FAMILY_INPUT[name])
+        N = " ".join(f"{number:11,d}" for number in model.count_parameters().values())
+        exact, rough = model.flops_per_image(), model.flops_per_image("6nd")
+        lines.append(f"{depth:11d} {width:5d} {N} {sum(model.tokens().values()):6d} "
+                     f"{exact:11.3e} {rough:9.2e} {rough / exact:9.3f}")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    for arch in sys.argv[1:] or ["incontext"]:
-        if arch not in get_args(Arch):
-            print(f"model.py: {arch}: is none of {', '.join(get_args(Arch))}", file=sys.stderr)
-            sys.exit(2)
-        for name in FAMILY_INPUT:
-            print(f"{arch}\n{model_table(name, arch)}\n")
+    parser = argparse.ArgumentParser(description="Print the families of models: sizes and FLOPs.")
+    parser.add_argument("arch", nargs="?", default="incontext", help=", ".join(ARCHITECTURES))
+    arch = parser.parse_args().arch
+    if arch not in ARCHITECTURES:
+        parser.exit(2, f"model.py: {arch}: is none of {', '.join(ARCHITECTURES)}\n")
+    for name in FAMILY_INPUT:
+        print(f"{arch}\n{model_table(name, arch)}\n")
