@@ -145,7 +145,8 @@ class Step:
         self.config, self.batch, self.device = config, batch, batch[0].device
         torch.set_num_threads(config.threads)
         self.weights, self.averages = list(model.parameters()), list(copy.deepcopy(model).requires_grad_(False).parameters())
-        groups = model.parameter_groups(config.lr) if isinstance(model, DiT) else self.weights
+        ours = hasattr(model, "parameter_groups")   # and not a peer of diffusers
+        groups = model.parameter_groups(config.lr) if ours else self.weights
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
         self.network, start = train.compiled(model, config) if config.compile == "on" else model, time.perf_counter()
         self.run(3)   # compiles, records CUDA graphs at the third, makes the moments
