@@ -10,6 +10,7 @@ differ in how the image learns of text and time:
     mmdit       image and text, two streams with their own weights, meet in one attention; time and
                 text shift, scale and gate both (adaLN-Zero; Stable Diffusion 3, arXiv 2403.03206)
 
+A fourth one is one more class like InContext below and its line in ARCHITECTURES.
 `python model.py [ARCH]` prints the family of models. This file knows nothing of noise or of data.
 N = parameters (in the blocks, unless said otherwise), C = training FLOPs. Shapes in the comments:
 B batch, T tokens in the sequence, S text tokens, W width, H heads, F features of a text token.
@@ -35,13 +36,13 @@ class ModelConfig:
     arch: str = field(default="incontext", metadata={
         "help": "architecture: incontext (the paper's main one), cross or mmdit"})
     depth: int = field(default=2, metadata={"help": "number of transformer blocks"})
-    width: Optional[int] = field(default=None, metadata={"help": "default: aspect * depth"})
+    width: Optional[int] = field(default=None, metadata={"help": "of a token; else aspect * depth"})
     aspect: int = field(default=16, metadata={"help": "width / depth (the paper: 64)"})
     head_dim: int = field(default=8, metadata={"help": "width of a head (the paper: 64)"})
     patch: int = field(default=2, metadata={"help": "side of a patch, in pixels"})
     qk_norm: bool = field(default=True, metadata={"help": "normalise q and k (the paper: not)"})
     parametrization: Literal["mup", "sp"] = field(default="mup", metadata={
-        "help": "mup: rate of hidden matrices lr * 64 / width; sp: lr for everything (the paper)"})
+        "help": f"mup: rate of hidden matrices lr * {MUP_BASE_WIDTH} / width; sp (the paper): lr"})
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
@@ -257,8 +258,9 @@ class JointBlock(nn.Module):
         q, k, v = (torch.cat(pair, dim=2) for pair in heads)                 # (B, H, T + S, ...)
         attended = attend(q, k, v, mask)                                     # (B, T + S, W)
         to_image, to_text = attended.split([image.shape[1], text.shape[1]], dim=1)
-        image = self.image.add(image, to_image, of_image)
-        return image, text if self.last else self.text.add(text, to_text, of_text)
+        if not self.last:
+            text = self.text.add(text, to_text, of_text)
+        return self.image.add(image, to_image, of_image), text
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -372,20 +374,21 @@ class Transformer(nn.Module):
     def flops_per_image(self, count="exact"):
         """Training FLOPs of one image, by either count.
 
-        "exact": 3 times the forward pass, as a backward pass is two of them. torch counts it, on a
-        copy of the model that has shapes but no memory: 2 for each multiply-add of linear layers and
-        of the two products of attention, nothing for the rest.
+        "exact": 3 times the forward pass, as a backward pass is two of them. torch counts it, on
+        a copy that has shapes but no memory: 2 for each multiply-add of the linear layers and of
+        attention's two products, nothing for the rest.
         "6nd": the paper's 6 * N * D, N the parameters of the blocks, D all tokens of the image.
         """
         if count == "6nd":
             return 6 * self.count_parameters()["blocks"] * sum(self.tokens().values())
-        size, S, F = self.size, self.text_tokens, self.text_dim
+        shape = self.channels, self.size, self.text_tokens, self.text_dim
         with torch.device("meta"):
-            model = type(self)(self.config, self.channels, size, S, F)
-            x_t, t = torch.empty(1, self.channels, size, size), torch.empty(1)
-            text, text_mask = torch.empty(1, S, F), torch.empty(1, S, dtype=torch.bool)
+            model = type(self)(self.config, *shape)
+            x_t, t = torch.empty(1, self.channels, self.size, self.size), torch.empty(1)
+            text = torch.empty(1, self.text_tokens, self.text_dim)
+            text_mask = torch.empty(1, self.text_tokens, dtype=torch.bool)
         counter = FlopCounterMode(display=False)
-        # MATH: the counter does not see what a CPU's kernel does, nor that flash computes twice.
+        # MATH is the attention of two plain products, which the counter sees on every device.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(x_t, t, text, text_mask)
         return 3 * counter.get_total_flops()
