@@ -18,7 +18,7 @@ To add a metric, write a function and a line in METRICS.
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
 
@@ -35,9 +35,9 @@ from tqdm import tqdm
 import fit
 import flow
 import train
-from data import (COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, data_config_of,
-                  errors_in_one_line, load_data, one_line, parse_flags, ranks, read_json, save_grid,
-                  seeded, write_array, write_json)
+from data import (COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, check_flags, data_config_of,
+                  errors_in_one_line, flag, load_data, one_line, parse_flags, ranks, read_json,
+                  save_grid, seeded, write_array, write_json)
 from model import DiT, ModelConfig
 
 VLB_TIMES = 64            # noised versions of each image
@@ -49,31 +49,28 @@ HUB_NAMES = {"clip": "openai/clip-vit-large-patch14", "dinov2": "facebook/dinov2
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    path: str = field(default="results/my-quick", metadata={
-        "help": "a sweep (its points in fit.py's parabolas), a run, a point or a file of weights"})
-    metrics: List[str] = field(default_factory=lambda: ["loss"], metadata={
-        "help": "of loss, vlb, nll and fd; with fd come kid and caption_accuracy"})
-    data: Optional[List[str]] = field(default=None, metadata={
-        "help": "data sets (default: the one of the training)"})
-    n: Optional[int] = field(default=None, metadata={
-        "help": "images (default: loss as in training, vlb 500, nll 250, fd 2000; paper: 10000)"})
-    steps: int = field(default=16, metadata={"help": "Heun steps of a sample"})
-    guidance: float = field(default=1.0, metadata={"help": "of the samples of fd"})
-    features: str = field(default="scenes", metadata={
-        "help": "of fd: scenes, clip, dinov2, or other weights: clip:FOLDER, dinov2:HUB_NAME"})
-    save_images: Optional[str] = field(default=None, metadata={
-        "help": "folder for the samples and the real images of fd as PNG files"})
-    likelihood_steps: int = field(default=32, metadata={"help": "Heun steps of nll"})
-    samples: int = field(default=16, metadata={"help": "samples in the picture; 0: no picture"})
-    seed: int = field(default=0, metadata={"help": "of all noise but that of the loss"})
-    batch: int = field(default=64, metadata={"help": "images at once"})
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where"})
+    path: str = flag("results/my-quick", "a sweep (its points in fit.py's parabolas), a run, a "
+                     "point or a file of weights")
+    metrics: List[str] = flag(["loss"], "of loss, vlb, nll and fd; with fd come kid and "
+                              "caption_accuracy")
+    data: Optional[List[str]] = flag(None, "data sets (default: the one of the training)")
+    n: Optional[int] = flag(None, "images (default: loss as in training, vlb 500, nll 250, "
+                            "fd 2000; the paper: 10000)")
+    steps: int = flag(16, "Heun steps of a sample")
+    guidance: float = flag(1.0, "of the samples of fd")
+    features: str = flag("scenes", "of fd: scenes, clip, dinov2, or other weights: clip:FOLDER, "
+                         "dinov2:HUB_NAME")
+    save_images: Optional[str] = flag(None, "folder for samples and real images of fd as PNG files")
+    likelihood_steps: int = flag(32, "Heun steps of nll")
+    samples: int = flag(16, "samples in the picture; 0: no picture")
+    seed: int = flag(0, "of all noise but that of the loss")
+    batch: int = flag(64, "images at once")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to evaluate")
 
     def __post_init__(self):
-        least = {"n": 2, "steps": 1, "likelihood_steps": 2, "samples": 0, "batch": 1}
-        for name, value in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < value:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {value}")
+        check_flags(self, "steps batch", lambda number: number >= 1, "at least 1")
+        check_flags(self, "n likelihood_steps", lambda number: number >= 2, "at least 2")
+        check_flags(self, "samples", lambda number: number >= 0, "at least 0")
         for name in self.metrics:
             if name not in METRICS:
                 raise ValueError(f"--metrics {name}: take some of {', '.join(METRICS)}")
