@@ -132,43 +132,50 @@ def test_weights_and_batches_are_those_of_the_first_edition(now, name):
 
 # ---- laws ------------------------------------------------------------------------------------------
 
-EXACT_INTERVALS = True
-SKIPPED = {"source", "resamples", "gradient_norm", "starts_agree", "starts_discarded",
+EXACT_INTERVALS = False     # the resamples of the second edition are drawn from other seeds
+SKIPPED = {"source", "resamples", "gradient_norm", "starts", "starts_agree", "starts_discarded",
            "resamples_discarded", "crossing"}
+# The first edition searched the floor's exponent on a grid, to 1e-8, which its level magnifies.
+FLOOR = re.compile(r"floor|predicted|error$")
 
 
-def assert_same_law(old, new, path=""):
-    """Point estimates to 1e-9, the parametric form to 1e-6, intervals as EXACT_INTERVALS says."""
+def assert_same_law(old, new, noise, path=""):
+    """Point estimates to 1e-9, parametric form and floors to 1e-6, intervals by EXACT_INTERVALS.
+
+    noise: of an interval's end, in widths, which the resamples leave.
+    """
     key = path.rsplit(".", 1)[-1]
+    if key == "flags":     # the cubic's are gone
+        old = [flag for flag in old if not flag.startswith("cubic")]
     if key in SKIPPED:
         return
     if "ci95" in key and not EXACT_INTERVALS:
         assert (old is None) == (new is None), path
         if isinstance(old, dict):
             for name in old:
-                assert_same_law(old[name], new[name], f"{path}.ci95 {name}")
+                assert_same_law(old[name], new[name], noise, f"{path}.ci95 {name}")
         elif old is not None:
-            # Quantiles of 1,000 resamples, in the scale in which the interval is the more even.
+            # Quantiles of resamples, in the scale in which the interval is the more even.
             width = old[1] - old[0]
             for a, b in zip(old, new):
-                near = abs(a - b) <= 0.2 * width + 1e-12
+                near = abs(a - b) <= noise * width + 1e-12
                 if old[0] > 0 and new[0] > 0:
-                    near |= abs(math.log(a / b)) <= 0.2 * math.log(old[1] / old[0]) + 1e-12
+                    near |= abs(math.log(a / b)) <= noise * math.log(old[1] / old[0]) + 1e-12
                 assert near, (path, old, new)
     elif isinstance(old, dict):
         assert old.keys() <= new.keys(), (path, old.keys() - new.keys())
         for name in old:
-            assert_same_law(old[name], new[name], f"{path}.{name}")
+            assert_same_law(old[name], new[name], noise, f"{path}.{name}")
     elif isinstance(old, list):
         assert len(old) == len(new), (path, old, new)
         for number, (a, b) in enumerate(zip(old, new)):
-            assert_same_law(a, b, f"{path}.{number}" if not key.isdigit() else path)
+            assert_same_law(a, b, noise, f"{path}.{number}" if not key.isdigit() else path)
     elif isinstance(old, str):     # numbers in words may be of the resamples
         words = [re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?", "#", text) for text in (old, new)]
         assert words[0] == words[1], path
     elif isinstance(old, float):
         rough = any(word in path for word in ("parametric", "objective"))
-        tolerance = 1e-6 if rough else 1e-9
+        tolerance = 1e-6 if rough or FLOOR.search(path) else 1e-9
         assert new == pytest.approx(old, rel=tolerance, abs=tolerance), path
     else:
         assert old == new, (path, old, new)
@@ -182,18 +189,19 @@ def test_the_published_sweep_is_done_and_refits_to_its_law(tmp_path):
     assert said.returncode == 0, said.stderr
     assert "10 runs, 48 points; 10 runs are done" in said.stdout
     old = json.loads((ROOT / "results/quick/law/law.json").read_text())
-    assert_same_law(old, json.loads((copy / "law/law.json").read_text()))
+    assert_same_law(old, json.loads((copy / "law/law.json").read_text()), noise=0.2)
 
 
 def test_the_published_comparison_of_architectures_refits(tmp_path):
     folders = [f"results/arch/arch_{arch}" for arch in ARCHS]
     said = subprocess.run([sys.executable, "fit.py", folders[0], "--compare", *folders[1:],
-                           "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+                           "--bootstrap", "200", "--out", str(tmp_path)],
+                          cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     old = json.loads((ROOT / "results/arch/law/law.json").read_text())
     for comparison in old["comparisons"]:     # of the folder where they were made
         comparison["A"], comparison["B"] = (f"results/arch/{Path(comparison[k]).name}" for k in "AB")
-    assert_same_law(old, json.loads((tmp_path / "law.json").read_text()))
+    assert_same_law(old, json.loads((tmp_path / "law.json").read_text()), noise=0.3)
 
 
 if __name__ == "__main__":
