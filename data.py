@@ -37,81 +37,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from transformers import HfArgumentParser
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    data: str = field(default="scenes", metadata={
-        "help": "scenes, scenes-ood, a folder of data.py prepare, or what datasets reads: a file, "
-                "a folder, a hub name"})
-    resolution: int = field(default=16, metadata={"help": "side of the square images, in pixels"})
-    captions: Literal["dense", "sparse"] = field(default="dense", metadata={
-        "help": "of scenes: dense names every shape, sparse only the largest"})
-    images: Optional[int] = field(default=None, metadata={
-        "help": "train on only so many images, again and again (default: all; scenes are endless)"})
-    text: str = field(default="hash", metadata={
-        "help": "hash (nothing to download), clip, t5, clip:NAME_OR_FOLDER or t5:NAME_OR_FOLDER"})
-    text_tokens: Optional[int] = field(default=None, metadata={
-        "help": "caption slots S; what is longer is cut (default: 16 with hash, 77 with clip, t5)"})
-    text_dim: Optional[int] = field(default=None, metadata={
-        "help": "features F of a word in the hash encoder (default: 64)"})
-    image_column: str = field(default="image", metadata={
-        "help": "column of the images (of webdataset tars: jpg, png)"})
-    text_column: str = field(default="text", metadata={
-        "help": "column of the captions, one or a list of them (then one is drawn each time); "
-                "json.caption: a field of a column"})
-    split: str = field(default="train", metadata={"help": "split of the data set to train on"})
-    validation_split: Optional[str] = field(default=None, metadata={
-        "help": "split to validate on (default: validation, val or test if there, else a tenth of "
-                "--split held out by a hash); the same as --split: all of it, to evaluate on"})
-    flip: bool = field(default=False, metadata={
-        "help": "mirror half of the training images; not for captions that say left or right"})
-    stream: bool = field(default=False, metadata={
-        "help": "read a remote data set as it comes, without storing its images"})
-    take: Optional[int] = field(default=None, metadata={
-        "help": "only the first so many rows of each split"})
-
-    def __post_init__(self):
-        stats = read_stats(self.data)
-        if stats and (self.stream or self.take):
-            raise ValueError(f"--stream and --take are for data.py prepare; --data {self.data} is "
-                             "prepared already")
-        # A prepared folder says itself what is in it.
-        for name, value in (stats["input"] if stats else {}).items():
-            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if name in ("resolution", "text_tokens") and given not in (default, value):
-                raise ValueError(f"--{name} {given}: {self.data} was prepared with {value}; leave "
-                                 "the flag out")
-            object.__setattr__(self, name, value)
-        kind, _, source = self.text.partition(":")
-        if kind not in ("hash", *TEXT_ENCODERS) or (kind == "hash" and source):
-            raise ValueError(f"--text {self.text}: take hash, clip, t5, clip:NAME_OR_FOLDER or "
-                             "t5:NAME_OR_FOLDER")
-        if self.text_tokens is None:
-            object.__setattr__(self, "text_tokens", 16 if kind == "hash" else 77)
-        if self.text_dim is None and kind == "hash":
-            object.__setattr__(self, "text_dim", 64)
-        for name in ("resolution", "images", "text_tokens", "text_dim", "take"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for flag in ("text", "flip", "stream", "take"):
-            if self.data in SOURCES and getattr(self, flag) not in ("hash", False, None):
-                raise ValueError(f"--{flag} is for real images, not for --data {self.data}")
-
-
-def data_config_of(saved, data):
-    """The configuration for `data` of a model that was trained with the saved one (a dictionary).
-
-    For another data set than the training's, only what makes the model's input is kept: columns
-    and splits are the data set's own.
-    """
-    same = data == saved["data"]
-    if os.path.exists(data):
-        same |= os.path.realpath(data) == os.path.realpath(saved["data"])
-    makes_input = ("resolution", "captions", "text", "text_tokens", "text_dim")
-    kept = {name: value for name, value in saved.items() if same or name in makes_input}
-    return DataConfig(**{**kept, "data": data})
-
-
 # ---- small things that several files share -----------------------------------------------------
 
 def flag(default, help):
@@ -120,14 +45,12 @@ def flag(default, help):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
-
 def check_flags(config, names, test, must):
     """Raise a ValueError that names the flag where a value that is given fails the test."""
     for name in names.split():
         value = getattr(config, name)
         if value is not None and not test(value):
             raise ValueError(f"--{name} {value}: must be {must}")
-
 
 def parse_flags(types, description, presets={}, positional=None, rest=False, argv=None):
     """One instance of each dataclass from the command line. Errors are one line; exit status 2.
@@ -162,11 +85,9 @@ def parse_flags(types, description, presets={}, positional=None, rest=False, arg
         error(f"unknown flag or value {' '.join(unknown)} (--help lists the flags)")
     return configs
 
-
 def ranks():
     """This process among those of torchrun: (rank, world size)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 @contextlib.contextmanager
 def errors_in_one_line(script):
@@ -179,11 +100,9 @@ def errors_in_one_line(script):
             print(f"{script}: {one_line(error)}", file=sys.stderr)
         sys.exit(2 if bad_input else 1)
 
-
 def one_line(error):
     """The first line of an error's message, or its class's name where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
 
 def write_whole(path, write):
     """write(temporary path), then rename: the file appears whole or not at all, kill -9 or not."""
@@ -201,7 +120,6 @@ def write_whole(path, write):
         if os.path.exists(temporary):
             os.remove(temporary)
 
-
 def write_json(path, content):
     """Write JSON. A number that is not finite is an error, so that no reader meets a NaN."""
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -211,14 +129,12 @@ def write_json(path, content):
             file.write(text + "\n")
     write_whole(path, write)
 
-
 def write_array(path, array):
     """Write a NumPy array as .npy."""
     def write(temporary):
         with open(temporary, "wb") as file:     # np.save would add .npy to a temporary name
             np.save(file, array)
     write_whole(path, write)
-
 
 def read_json(path, keys, mend):
     """The dictionary in a file, None where there is no such file.
@@ -236,7 +152,6 @@ def read_json(path, keys, mend):
         pass
     raise ValueError(f"{path}: torn, or not of isoflow: {mend}")
 
-
 def differences(saved, current, prefix=""):
     """The leaves in which two configurations differ, as lines "name: saved -> current"."""
     found = []
@@ -248,6 +163,72 @@ def differences(saved, current, prefix=""):
             found.append(f"{prefix}{key}: {old} -> {new}")
     return found
 
+# ---- the configuration --------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class DataConfig:
+    data: str = flag("scenes", "scenes, scenes-ood, a folder of data.py prepare, or what datasets "
+                     "reads: a file, a folder, a hub name")
+    resolution: int = flag(16, "side of the square images, in pixels")
+    captions: Literal["dense", "sparse"] = flag(
+        "dense", "of scenes: dense names every shape, sparse only the largest")
+    images: Optional[int] = flag(
+        None, "train on only so many images, again and again (default: all; scenes are endless)")
+    text: str = flag("hash", "hash (nothing to download), clip, t5, clip:NAME_OR_FOLDER or "
+                     "t5:NAME_OR_FOLDER")
+    text_tokens: Optional[int] = flag(
+        None, "caption slots S; what is longer is cut (default: 16 with hash, 77 with clip, t5)")
+    text_dim: Optional[int] = flag(None, "features F of a word in the hash encoder (default: 64)")
+    image_column: str = flag("image", "column of the images (of webdataset tars: jpg, png)")
+    text_column: str = flag("text", "column of the captions, one or a list of them (then one is "
+                            "drawn each time); json.caption: a field of a column")
+    split: str = flag("train", "split of the data set to train on")
+    validation_split: Optional[str] = flag(
+        None, "split to validate on (default: validation, val or test if there, else a tenth of "
+        "--split held out by a hash); the same as --split: all of it, to evaluate on")
+    flip: bool = flag(False, "mirror half of the training images; not for captions that say left "
+                      "or right")
+    stream: bool = flag(False, "read a remote data set as it comes, without storing its images")
+    take: Optional[int] = flag(None, "only the first so many rows of each split")
+
+    def __post_init__(self):
+        stats = read_stats(self.data)
+        if stats and (self.stream or self.take):
+            raise ValueError(f"--stream and --take are for data.py prepare; --data {self.data} is "
+                             "prepared already")
+        # A prepared folder says itself what is in it.
+        for name, value in (stats["input"] if stats else {}).items():
+            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if name in ("resolution", "text_tokens") and given not in (default, value):
+                raise ValueError(f"--{name} {given}: {self.data} was prepared with {value}; leave "
+                                 "the flag out")
+            object.__setattr__(self, name, value)
+        kind, _, source = self.text.partition(":")
+        if kind not in ("hash", *TEXT_ENCODERS) or (kind == "hash" and source):
+            raise ValueError(f"--text {self.text}: take hash, clip, t5, clip:NAME_OR_FOLDER or "
+                             "t5:NAME_OR_FOLDER")
+        if self.text_tokens is None:
+            object.__setattr__(self, "text_tokens", 16 if kind == "hash" else 77)
+        if self.text_dim is None and kind == "hash":
+            object.__setattr__(self, "text_dim", 64)
+        check_flags(self, "resolution images text_tokens text_dim take", lambda n: n >= 1,
+                    "at least 1")
+        for flag in ("text", "flip", "stream", "take"):
+            if self.data in SOURCES and getattr(self, flag) not in ("hash", False, None):
+                raise ValueError(f"--{flag} is for real images, not for --data {self.data}")
+
+def data_config_of(saved, data):
+    """The configuration for `data` of a model that was trained with the saved one (a dictionary).
+
+    For another data set than the training's, only what makes the model's input is kept: columns
+    and splits are the data set's own.
+    """
+    same = data == saved["data"]
+    if os.path.exists(data):
+        same |= os.path.realpath(data) == os.path.realpath(saved["data"])
+    makes_input = ("resolution", "captions", "text", "text_tokens", "text_dim")
+    kept = {name: value for name, value in saved.items() if same or name in makes_input}
+    return DataConfig(**{**kept, "data": data})
 
 # ---- random numbers that are a function of their counter ---------------------------------------
 # There are two kinds, and both are needed:
@@ -262,7 +243,6 @@ def seeded(*numbers, device="cpu"):
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
-
 def mix(h):
     """A bijection of 32-bit integers that scatters them well: int64 in, int64 out.
 
@@ -271,7 +251,6 @@ def mix(h):
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return h ^ (h >> 16)
-
 
 def random_bits(seed, index, draws):
     """(B,) int64 -> (B, draws) int64 of 24 random bits: a pure function of (seed, index)."""
@@ -282,18 +261,15 @@ def random_bits(seed, index, draws):
     h = mix(h[:, None] ^ (counter * 0x9E3779B9 & 0xFFFFFFFF))                         # (B, draws)
     return mix(h + counter & 0xFFFFFFFF) >> 8
 
-
 # ---- what every data set offers ----------------------------------------------------------------
 
 def to_data(k, u):
     """8-bit levels k and u uniform in [0, 1) -> x = (k + u) / 128 - 1, continuous in [-1, 1)."""
     return (k + u) / 128 - 1
 
-
 def to_levels(x):
     """x -> the nearest 8-bit levels, uint8: the inverse of to_data."""
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
-
 
 class Source:
     """What the other files know of a data set. A new one is a subclass and a line in SOURCES.
@@ -358,18 +334,15 @@ class Source:
         for name in ("shift", "scale") if "vae" in encoders else ():
             self.encoders["vae"][name] = encoders["vae"][name]
 
-
 def load_data(config, seed=0, device="cpu"):
     """The source that --data names, with the training order of `seed`."""
     return SOURCES.get(config.data, StoredImages)(config, seed, device)
-
 
 def input_shape(config):
     """The shape of what the model takes in (see Source), without reading any data."""
     stats = read_stats(config.data) or {"channels": 3, "size": config.resolution}
     return {"channels": stats["channels"], "size": stats["size"],
             "text_tokens": config.text_tokens, "text_dim": config.text_dim or text_dim(config)}
-
 
 # ---- the embedded world ------------------------------------------------------------------------
 
@@ -388,12 +361,10 @@ MAX_SHAPES = 3
 BLOCK = 256                             # scenes drawn at once
 VALIDATION_START = 1 << 40              # of seed 0, the validation set; no training gets there
 
-
 def quantiles(weights, entries=256):
     """A table of class indices in which each class has its share: a draw is a look-up."""
     edges = np.round(np.cumsum(weights) / np.sum(weights) * entries).astype(int)
     return torch.tensor(np.searchsorted(edges, np.arange(entries), side="right"))
-
 
 def power_law_radii(exponent, smallest, largest, entries=256):
     """Quantiles of the density r^-exponent between two radii (in image sides), as float32."""
@@ -401,11 +372,9 @@ def power_law_radii(exponent, smallest, largest, entries=256):
     low, high = smallest ** power, largest ** power
     return torch.tensor((low + u * (high - low)) ** (1 / power)).float()
 
-
 def wide(value):
     """(...) -> (..., 1, 1): a number for a whole picture."""
     return value[..., None, None]
-
 
 def distance_to_edge(kind, u, v):
     """How far points lie outside a shape of radius 1, negative inside: u, v (B, shapes, R, R)."""
@@ -419,7 +388,6 @@ def distance_to_edge(kind, u, v):
         torch.minimum(torch.maximum(a - 1, b - 0.3), torch.maximum(b - 1, a - 0.3)),
     ])                                                              # (kinds, B, shapes, R, R)
     return each.gather(0, wide(kind).expand_as(u)[None])[0]
-
 
 class Scenes(Source):
     """Captioned shapes on a ground: image and caption are a pure function of (seed, index).
@@ -559,7 +527,6 @@ class Scenes(Source):
             captions.append(heading + ", ".join(filter(None, shapes)))
         return captions
 
-
 # ---- stored images: which rows there are -------------------------------------------------------
 # A data set of captioned images goes through four steps, whether `prepare` or a run asks for it:
 #
@@ -578,7 +545,6 @@ READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "jso
 VALIDATION_NAMES = ("validation", "val", "test")
 SHARD_ROWS = 2048       # rows of a file of `prepare`; as many are done again after a kill
 
-
 def locate(path):
     """What load_dataset is to open, as (name, files), and which folders paths in it may lead to."""
     import datasets         # here, since it takes a second that scenes need not spend
@@ -594,7 +560,6 @@ def locate(path):
         caches = [huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
         return path, None, caches
     raise ValueError(f"--data {path}: no such file or folder, and no hub name OWNER/NAME")
-
 
 def open_splits(config):
     """The rows that the flags ask for, undecoded. -> {"train": Dataset, "validation": Dataset} and
@@ -633,7 +598,6 @@ def open_splits(config):
     roots = [os.path.realpath(root) for root in roots]
     return {split: select_rows(splits[name], config) for split, name in wanted.items()}, roots
 
-
 def select_rows(rows, config):
     """Only the columns and rows that are asked for, as Arrow tables, so that nothing is decoded."""
     first = next(iter(rows.with_format("arrow").iter(1)), None)
@@ -652,14 +616,12 @@ def select_rows(rows, config):
         rows = rows.take(config.take if config.stream else min(config.take, len(rows)))
     return rows
 
-
 def in_parts(rows):
     """The rows of a table or of a stream, SHARD_ROWS of them at a time, as Datasets."""
     import datasets
     for number, table in enumerate(rows.iter(SHARD_ROWS)):
         memory = datasets.table.InMemoryTable(table)    # of a table on disk only a view
         yield datasets.Dataset(memory, fingerprint=f"part{number}").with_format("arrow")
-
 
 # ---- stored images: what becomes of a row ------------------------------------------------------
 
@@ -673,7 +635,6 @@ MAX_CAPTION = 10_000                    # characters; no encoder has slots for m
 NAMED = 10                              # rows named for each remark; all are counted
 READ_BATCH, ENCODE_BATCH = 128, 16      # rows decoded at once; images or captions encoded at once
 READING = 2                             # version of what follows: datasets' cache keeps them apart
-
 
 def row_types():
     """The columns of a table to train on, whether or not a VAE has looked. null: not there."""
@@ -691,7 +652,6 @@ def row_types():
         "mean": List(Value("float64")),         # of each channel of the latent: E[x]
         "square": List(Value("float64")),       # E[x^2]
     })
-
 
 def to_pixels(image, resolution):
     """Any PIL image -> (R, R, 3) uint8: its middle square, upright (EXIF), on white where it is
@@ -713,7 +673,6 @@ def to_pixels(image, resolution):
     square = image.convert("RGB").crop((left, upper, left + side, upper + side))
     return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
 
-
 def image_file(cell, roots):
     """The bytes of a row's image: those in the cell, or those of a file inside `roots`."""
     cell = cell if isinstance(cell, dict) else {"path" if isinstance(cell, str) else "bytes": cell}
@@ -730,7 +689,6 @@ def image_file(cell, roots):
     with open(real, "rb") as file:
         return file.read()
 
-
 def caption_list(cell):
     """The captions of a row, one or a list of them, text or bytes -> a list of strings."""
     captions = [one for one in (cell if isinstance(cell, list) else [cell]) if one is not None]
@@ -740,7 +698,6 @@ def caption_list(cell):
         if not isinstance(one, (str, bytes)):
             raise ValueError(f"its caption is no text ({str(one)[:50]})")
     return [one.decode() if isinstance(one, bytes) else one for one in captions]
-
 
 def read_row(image, caption, resolution, roots):
     """A row of a data set, as Arrow cells -> a row to train on, without what encoders add.
@@ -774,7 +731,6 @@ def read_row(image, caption, resolution, roots):
     return {"remark": "; ".join(remarks), "digest": digest, "width": width, "height": height,
             "captions": [one[:MAX_CAPTION] for one in captions], "pixels": pixels}
 
-
 def encode_pixels(rows, vae, resolution):
     """Add to rows what a VAE makes of their pixels, which then only validation keeps."""
     pixels = np.frombuffer(bytearray().join(row["pixels"] for row in rows), np.uint8)
@@ -786,7 +742,6 @@ def encode_pixels(rows, vae, resolution):
         row["square"] = (mean ** 2 + np.exp(logvar)).mean((1, 2)).tolist()
         if not row["validation"]:
             del row["pixels"]
-
 
 def encode_rows(table, config, roots, text, vae, for_validation):
     """A batch of rows of a data set -> rows to train on: Arrow tables.
@@ -817,7 +772,6 @@ def encode_rows(table, config, roots, text, vae, for_validation):
         encode_pixels(good[start:start + ENCODE_BATCH], vae, config.resolution)
     return pyarrow.Table.from_pylist(rows, row_types().arrow_schema)
 
-
 def encode(rows, split, splits, config, roots, text=None, vae=None, **where):
     """encode_rows over a Dataset -> the Dataset of its results. where: options of Dataset.map."""
     for_validation = split == "validation" if "validation" in splits else None
@@ -832,12 +786,10 @@ def encode(rows, split, splits, config, roots, text=None, vae=None, **where):
         features=row_types(), desc=f"{split} images at {config.resolution} pixels",
         new_fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest()[:32], **where)
 
-
 def one_table(tables):
     """{split: Dataset} -> an Arrow table of all their rows, memory-mapped as they are."""
     import datasets
     return datasets.concatenate_datasets(list(tables.values())).data.table
-
 
 def choose_rows(table):
     """Which rows of a table are for what -> {"train": row numbers, "validation": row numbers}.
@@ -850,7 +802,6 @@ def choose_rows(table):
     unseen = np.isin(digest, digest[validation])
     return {"train": np.flatnonzero(usable & ~unseen), "validation": np.flatnonzero(validation)}
 
-
 def identity(table, rows):
     """Which images and captions these are: {"sha256": ...}, the same whatever they came in."""
     content = []
@@ -859,7 +810,6 @@ def identity(table, rows):
         digests, captions = (column.to_pylist() for column in chosen.itercolumns())
         content.append([(digest.to_bytes(8, "big"), row) for digest, row in zip(digests, captions)])
     return {"sha256": hashlib.sha256(repr(content).encode()).hexdigest()[:16]}
-
 
 def check_rows(tables, config):
     """What is remarked on the rows of {split: Dataset}:
@@ -884,7 +834,6 @@ def check_rows(tables, config):
                          f"{about_remarks(remarks)}")
     return remarks
 
-
 def about_remarks(remarks):
     """What was skipped, and what was done to rows that were not, in a line."""
     said = []
@@ -894,7 +843,6 @@ def about_remarks(remarks):
             most = "; ".join(f"{n:,} x {remark}" for remark, n in counts.most_common(6))
             said.append(f"{counts.total():,} {what} ({most})")
     return ", ".join(said) or "no row skipped"
-
 
 # ---- encoders of captions and images -----------------------------------------------------------
 # A text encoder turns captions into features without padding: a list of (length, F) arrays. All
@@ -906,14 +854,12 @@ TEXT_ENCODERS = {                       # kind: its default, its class in transf
     "t5": ("google-t5/t5-base", "T5EncoderModel"),
 }
 
-
 @functools.cache
 def word_vector(word, dim):
     """The frozen vector of a word: (F,) normal float32 numbers that depend on the word alone."""
     seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=6).digest(), "big")
     bits = random_bits(seed, torch.zeros(1, dtype=torch.long), dim)[0]
     return torch.special.ndtri((bits.double() + 0.5) / 2 ** 24).float().numpy()
-
 
 class HashText:
     """The default text encoder: each lower-case word has its `word_vector`.
@@ -933,14 +879,12 @@ class HashText:
             found.append(np.array(vectors, np.float32).reshape(-1, self.dim))
         return found
 
-
 def weights_digest(network):
     """Which weights these are: a short SHA-256 of names and values, whatever folder they are in."""
     digest = hashlib.sha256()
     for name, weight in sorted(network.state_dict().items()):
         digest.update(name.encode() + weight.cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
 
 @contextlib.contextmanager
 def errors_say_what_to_fetch(flag, source, weights):
@@ -952,7 +896,6 @@ def errors_say_what_to_fetch(flag, source, weights):
                          f"download {source} config.json {weights} --local-dir DIR elsewhere, then "
                          "name DIR in its place") from None
 
-
 def find_text_encoder(config):
     """--text -> a hub name or folder, and the class of transformers that reads it."""
     import transformers             # here, since it takes seconds that others need not spend
@@ -962,13 +905,11 @@ def find_text_encoder(config):
     default, network = TEXT_ENCODERS[kind]
     return source or default, getattr(transformers, network)
 
-
 def text_dim(config):
     """The features F of --text, from its config.json. Raises ValueError where there is none."""
     source, network = find_text_encoder(config)
     with errors_say_what_to_fetch("text", source, PretrainedText.files):
         return network.config_class.from_pretrained(source).hidden_size
-
 
 class PretrainedText:
     """A frozen CLIP or T5: the last hidden states of a caption's tokens, special ones included.
@@ -1016,7 +957,6 @@ class PretrainedText:
                 found[caption] = row[:length if caption.strip() else 0]
         return [found[caption] for caption in captions]
 
-
 def padded(parts, tokens, dim):
     """Features (length, F) of B captions -> text (B, S, F), 0 behind them, text_mask (B, S)."""
     text = np.zeros((len(parts), tokens, dim), parts[0].dtype)
@@ -1025,7 +965,6 @@ def padded(parts, tokens, dim):
         text[k, :len(part)] = part
         mask[k, :len(part)] = True
     return torch.from_numpy(text), torch.from_numpy(mask)
-
 
 class VAE:
     """A frozen AutoencoderKL of diffusers. Raises ValueError where there are no such weights."""
@@ -1063,19 +1002,16 @@ class VAE:
         pixels = torch.cat([self.network.decode(part).sample for part in parts])
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-
 # ---- stored images: the source -----------------------------------------------------------------
 
 def array_of(cell, dtype, *shape):
     """The bytes of an Arrow cell as an array, without a copy: read from disk where it is mapped."""
     return np.frombuffer(cell.as_buffer(), dtype).reshape(shape)
 
-
 @functools.lru_cache(2)     # a batch may lie across two epochs
 def epoch_order(seed, epoch, n):
     """The order of n training images in an epoch."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed) ^ epoch)).numpy()
-
 
 class StoredImages(Source):
     """Captioned images that `datasets` reads, as pixels, or as latents where `prepare` made them.
@@ -1219,7 +1155,6 @@ class StoredImages(Source):
             return self.pictures(self.choose(split, index)[0]).to(self.device)
         return super().images(split, index)
 
-
 def read_images(config, device):
     """-> {split: Dataset} of what datasets reads, as pixels, and the encoders of its captions.
 
@@ -1238,9 +1173,7 @@ def read_images(config, device):
             for part in parts])
     return tables, {"text": text.about} if text else {}
 
-
 SOURCES = {"scenes": Scenes, "scenes-ood": Scenes}      # by name; every other name is StoredImages
-
 
 # ---- latents: made once by `prepare` -----------------------------------------------------------
 # The folder holds
@@ -1253,7 +1186,6 @@ SOURCES = {"scenes": Scenes, "scenes-ood": Scenes}      # by name; every other n
 # A shard is there whole or not at all, so that the same command goes on after a kill.
 
 FORMAT = 2      # of the folder
-
 
 def read_stats(folder):
     """stats.json of a folder that prepare wrote; None where it is no such folder.
@@ -1272,7 +1204,6 @@ def read_stats(folder):
                          "it again, with another --out")
     return stats
 
-
 def open_shards(folder, names):
     """The files of prepare, memory-mapped -> {split: Dataset}."""
     import datasets
@@ -1285,7 +1216,6 @@ def open_shards(folder, names):
             raise ValueError(f"{path}: torn, or not a shard of isoflow ({one_line(error)}): delete "
                              "it and stats.json, and run prepare again") from None
     return {split: datasets.concatenate_datasets(found) for split, found in parts.items()}
-
 
 def check_definition(out, definition):
     """Refuse a folder that was begun with other flags, data or encoders.
@@ -1301,18 +1231,13 @@ def check_definition(out, definition):
         raise ValueError(f"--out {out} belongs to another configuration ({'; '.join(differs)}): "
                          "take another --out")
 
-
 @dataclass(frozen=True)
 class LookConfig:
-    out: str = field(default="look.png", metadata={
-        "help": "what to write: the picture of look, or the folder of prepare"})
-
+    out: str = flag("look.png", "what to write: the picture of look, or the folder of prepare")
 
 @dataclass(frozen=True)
 class PrepareConfig(LookConfig):
-    vae: str = field(default="stabilityai/sd-vae-ft-mse", metadata={
-        "help": "AutoencoderKL of diffusers, a hub name or a folder"})
-
+    vae: str = flag("stabilityai/sd-vae-ft-mse", "AutoencoderKL of diffusers, hub name or folder")
 
 def prepare(config, settings):
     """Encode a data set once, into a folder of latents and text features.
@@ -1363,7 +1288,6 @@ def prepare(config, settings):
             time.sleep(0.2)     # the other ranks are at work
         finish_folder(config, settings, definition, vae, shards)
 
-
 def begin_folder(out, definition):
     """Make the folder of prepare and say in it what it is to hold."""
     path = os.path.join(out, "prepare.json")
@@ -1373,7 +1297,6 @@ def begin_folder(out, definition):
             raise ValueError(f"--out {out}: has shards but no prepare.json, so nobody knows what "
                              "made them: take another --out")
         write_json(path, definition)
-
 
 def finish_folder(config, settings, definition, vae, shards):
     """Write stats.json from the finished shards: with it the folder is a data set."""
@@ -1408,7 +1331,6 @@ def finish_folder(config, settings, definition, vae, shards):
     print(f"{settings.out}: {counts['train']:,} training and {counts['validation']:,} validation "
           f"images, {about_remarks(remarks)}")
 
-
 # ---- pictures ----------------------------------------------------------------------------------
 
 def save_grid(path, groups, captions, title, columns=4, side=112):
@@ -1437,7 +1359,6 @@ def save_grid(path, groups, captions, title, columns=4, side=112):
         pen.multiline_text((left, upper + side + 4), "\n".join(text), "black", font)
     write_whole(path, lambda temporary: page.save(temporary, "PNG"))
 
-
 def look(config, settings):
     """Write a contact sheet: the first images of a data set, their captions, their statistics."""
     data = load_data(config)
@@ -1465,7 +1386,6 @@ def look(config, settings):
     save_grid(settings.out, [data.images(split, index)], data.captions(split, index), title, 6)
     print(f"{title}\nwritten: {settings.out}")
 
-
 def main():
     """data.py [look], or data.py prepare."""
     command = sys.argv[1] if sys.argv[1:2] in (["look"], ["prepare"]) else None
@@ -1479,7 +1399,6 @@ def main():
         config, settings = parse_flags((DataConfig, LookConfig), says, argv=argv)
     with errors_in_one_line("data.py"):
         (prepare if command == "prepare" else look)(config, settings)
-
 
 if __name__ == "__main__":
     main()

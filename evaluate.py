@@ -46,7 +46,6 @@ READER = Path(__file__).parent / "results" / "reader" / "reader.safetensors"
 READER_SHA256 = "c39e39aac6aa1f2c"
 HUB_NAMES = {"clip": "openai/clip-vit-large-patch14", "dinov2": "facebook/dinov2-large"}
 
-
 @dataclass(frozen=True)
 class EvaluateConfig:
     path: str = flag("results/my-quick", "a sweep (its points in fit.py's parabolas), a run, a "
@@ -78,7 +77,6 @@ class EvaluateConfig:
                 raise ValueError(f"--guidance {self.guidance:g}: a guided model has no density, so "
                                  f"{name} is at guidance 1; take --metrics fd alone")
 
-
 # ---- the models ----------------------------------------------------------------------------------
 
 def find_weights(path):
@@ -100,7 +98,6 @@ def find_weights(path):
         raise ValueError(f"{path}: no such file, or no ema.safetensors and no checkpoint.pt in it "
                          f"(published results come without weights: make your own)")
     return found
-
 
 def load_models(path, device):
     """-> {"ema": DiT}, and "raw" of a checkpoint; the definition of the run; its input's shape.
@@ -126,7 +123,6 @@ def load_models(path, device):
         raise ValueError(f"{path}: torn, or not a model of isoflow with averaged weights (ema): "
                          f"{one_line(error)}") from None
 
-
 def fingerprint(*modules):
     """SHA-256 of their tensors by name, shortened: which weights these are.
 
@@ -139,7 +135,6 @@ def fingerprint(*modules):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
 
 @dataclass(eq=False)  # hashed by identity, for the cache of paired_features
 class Subject:
@@ -172,7 +167,6 @@ class Subject:
         """Samples x for the captions of validation images `index` (B,)."""
         return train.sample_data(self.models["ema"], self.data, self.precision, index,
                                  self.config.steps, "heun", guidance, self.config.seed)
-
 
 # ---- feature networks: the spaces in which images are compared -----------------------------------
 
@@ -249,7 +243,6 @@ class Reader(nn.Module):
         shares = {"all": sum(shown.values()) / sum(wanted.values())}
         return shares | {name: shown[name] / wanted[name] for name in shown}
 
-
 def load_reader(path):
     """The Reader in a file, to be used."""
     reader = Reader()
@@ -257,7 +250,6 @@ def load_reader(path):
     # The file lacks BatchNorm's counters of batches; a fingerprint tells if it lacks anything else.
     reader.load_state_dict(weights, strict=False)
     return reader.eval().requires_grad_(False)
-
 
 class PretrainedFeatures:
     """CLIP's image embeddings (the paper's choice) or DINOv2's pooled output, by transformers.
@@ -295,7 +287,6 @@ class PretrainedFeatures:
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         return self.network(pixels.to(self.network.device))[self.output]
 
-
 def load_network(features, device):
     """What --features names: a network of images (B, 3, R, R) uint8 -> features (B, width).
 
@@ -313,7 +304,6 @@ def load_network(features, device):
         raise ValueError(f"{READER}: not the network of everybody else ({READER_SHA256}): "
                          f"git checkout it, or give other --features")
     return reader.to(device)
-
 
 # ---- parts that metrics share --------------------------------------------------------------------
 
@@ -333,7 +323,6 @@ def for_each_image(n, batch, compute, what):
         values = [parts[number % world][number] for number in range(len(batches))]
     return torch.cat(values)
 
-
 def refusal(values):
     """{"value": None, "se": None, "reason"} if rows of values (n, ...) are not finite, else None.
 
@@ -344,12 +333,10 @@ def refusal(values):
         reason = f"not finite for {len(bad)} of {len(values)} images, first {bad[:5]}"
         return {"value": None, "se": None, "reason": reason}
 
-
 def summary(values):
     """{"value", "se"}: the mean of values (n,) and its standard error, or a refusal."""
     mean, error = flow.mean_and_standard_error(values)
     return refusal(values) or {"value": mean, "se": error}
-
 
 def common_protocol(subject, images):
     """What every number depends on. images: how many without --n, or all where there are fewer.
@@ -367,7 +354,6 @@ def common_protocol(subject, images):
         about["images"] = data.encoders["images"]["sha256"]
     return about
 
-
 # ---- loss ----------------------------------------------------------------------------------------
 
 def loss_protocol(subject):
@@ -375,7 +361,6 @@ def loss_protocol(subject):
     images = subject.definition["train"]["val_images"] or train.VALIDATION_IMAGES
     return {**common_protocol(subject, images), "seed": train.VALIDATION_SEED,
             "times": "logit-normal, stratified"}
-
 
 def loss(subject, protocol):
     """{"val_loss_ema"}, and "val_loss" of raw weights: as the trainer computes it, per element."""
@@ -389,7 +374,6 @@ def loss(subject, protocol):
         numbers["val_loss_ema" if kind == "ema" else "val_loss"] = number
     return numbers
 
-
 # ---- likelihoods ---------------------------------------------------------------------------------
 
 def likelihood_protocol(subject, images):
@@ -398,19 +382,16 @@ def likelihood_protocol(subject, images):
     return {**common_protocol(subject, images), "seed": subject.config.seed,
             "batch": subject.config.batch, "dequantised": noise}
 
-
 def vlb_protocol(subject):
     """Times and noises from the seed, and the range of times that is integrated."""
     return {**likelihood_protocol(subject, 500), "t0": flow.VLB_RANGE[0], "t1": flow.VLB_RANGE[1],
             "times": f"{VLB_TIMES} an image, stratified in log t"}
-
 
 def nll_protocol(subject):
     """How the ODE is solved and its divergence estimated."""
     return {**likelihood_protocol(subject, 250), "solver": "heun, equal in sqrt(t)",
             "steps": subject.config.likelihood_steps,
             "probes": "1 of random signs, new at each evaluation"}
-
 
 def likelihood_of_images(subject, protocol, measure):
     """The number of measure(x, text, text_mask, seed) -> (b, columns), nats first; other columns.
@@ -432,13 +413,11 @@ def likelihood_of_images(subject, protocol, measure):
         write_array(subject.file(metric, ".npy"), nats.numpy())
     return bits_per_dim(subject, nats, pixels=not data.latents), columns
 
-
 def bits_per_dim(subject, nats, pixels):
     """The number of nats (n,) in bits per dimension; pixels: of a density of 8-bit pixels."""
     return {**summary(flow.bits_per_dim(nats, subject.dims, pixels)), "weights": "ema",
             "unit": "bits/latent dim" if subject.data.latents else "bits/dim",
             "nats_per_image": summary(nats)["value"]}
-
 
 def vlb(subject, protocol):
     """{"vlb"}: the bound on -log p of the reverse SDE (flow.vlb), and its parts in nats."""
@@ -451,7 +430,6 @@ def vlb(subject, protocol):
     for name, column in zip(names, columns):
         number[f"{name}_nats"] = summary(column)["value"]
     return {"vlb": number}
-
 
 def nll(subject, protocol):
     """{"nll"}: -log p of the sampler's ODE (flow.log_likelihood).
@@ -468,7 +446,6 @@ def nll(subject, protocol):
         number["se_of_probes"] = flow.bits_per_dim(error, subject.dims, pixels=False).item()
     return {"nll": number}
 
-
 def vlb_minus_nll(subject, protocol):
     """{"vlb_minus_nll"}: their difference, image by image, over the images of nll.
 
@@ -484,7 +461,6 @@ def vlb_minus_nll(subject, protocol):
     vlb, nll = (np.load(subject.file(metric, ".npy")) for metric in ("vlb", "nll"))
     gap = torch.from_numpy(vlb[:len(nll)] - nll)
     return {"vlb_minus_nll": bits_per_dim(subject, gap, pixels=False)}
-
 
 # ---- samples -------------------------------------------------------------------------------------
 
@@ -505,7 +481,6 @@ def sample_protocol(subject):
     return {**about, "seed": config.seed, "solver": "heun", "steps": config.steps,
             "guidance": config.guidance, "features": network.about, "reference": reference}
 
-
 @functools.cache  # the same for all models
 def real_features(network, data, n, batch, folder):
     """Of the validation images 0 to n - 1, which also go to PNG files in a folder: (n, width)."""
@@ -514,7 +489,6 @@ def real_features(network, data, n, batch, folder):
         save_images(folder, "real", images, index)
         return network(images)
     return for_each_image(n, batch, compute, "real images")
-
 
 @functools.lru_cache(maxsize=1)  # fd, kid and caption_accuracy look at the same samples
 def paired_features(subject, n):
@@ -533,7 +507,6 @@ def paired_features(subject, n):
     samples = for_each_image(n, config.batch, compute, "samples")
     return real_features(network, data, n, config.batch, config.save_images), samples
 
-
 def frechet_distance(one, two):
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of features (n, d) and (m, d).
 
@@ -547,7 +520,6 @@ def frechet_distance(one, two):
     cross = np.sqrt(np.linalg.eigvalsh(root.T @ S2 @ root).clip(min=0)).sum()
     gap = one.mean(0) - two.mean(0)
     return float(gap @ gap + np.trace(S1) + np.trace(S2) - 2 * cross)
-
 
 def kernel_distance(one, two):
     """KID (Binkowski et al. 2018, arXiv 1801.01401) of features (n, d) and (m, d).
@@ -564,7 +536,6 @@ def kernel_distance(one, two):
         return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
     return float(own(one) + own(two) - 2 * total(one, two) / (len(one) * len(two)))
 
-
 def bootstrap_error(distance, real, samples, resamples=30):
     """The standard error of a distance between two sets of n, from resamples of the n pairs.
 
@@ -574,7 +545,6 @@ def bootstrap_error(distance, real, samples, resamples=30):
     random = np.random.default_rng(0)
     drawn = [random.integers(len(real), size=len(real)) for _ in range(resamples)]
     return float(np.std([distance(real[rows], samples[rows]) for rows in drawn], ddof=1))
-
 
 def of_features(distance):
     """The metric of a distance between two sets of features, (n, d) arrays -> float.
@@ -594,7 +564,6 @@ def of_features(distance):
                       "halves_of_real": None if singular else distance(*halves), "weights": "ema"}
         return {f"{protocol['metric']}_{subject.config.features.partition(':')[0]}": number}
     return measure
-
 
 def caption_accuracy(subject, protocol):
     """{"caption_accuracy"}: the share of what captions ask for that the Reader finds in samples.
@@ -622,7 +591,6 @@ def caption_accuracy(subject, protocol):
         "real_images": means(shares(real, index)),
         "samples_for_other_captions": means(shares(samples, index + 1))}}
 
-
 # name: (function(subject, protocol) -> {key in the file: number}, function(subject) -> protocol).
 # A number is {"value", "se", ...}. A metric that does not apply to the data gives {}. Who asks for
 # one gets all with its protocol: they look at the same images, and samples are what costs.
@@ -636,13 +604,11 @@ METRICS = {
     "caption_accuracy": (caption_accuracy, sample_protocol),
 }
 
-
 # ---- pictures ------------------------------------------------------------------------------------
 
 def to_picture(image):
     """(3, R, R) uint8 -> a PIL image."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-
 
 def save_images(folder, kind, images, index):
     """PNG files that clean-fid and torch-fidelity read, one an image; none where folder is None."""
@@ -651,7 +617,6 @@ def save_images(folder, kind, images, index):
         target.mkdir(parents=True, exist_ok=True)
         for number, image in zip(index.tolist(), images):
             to_picture(image).save(target / f"{number:06d}.png")
-
 
 def save_samples(subject):
     """A picture of held-out images and, beside each, samples for its caption."""
@@ -670,7 +635,6 @@ def save_samples(subject):
               f"(EMA weights, {config.steps} Heun steps)")
     print(f"written: {target}")
 
-
 # ---- the command ---------------------------------------------------------------------------------
 
 def read_saved(subject):
@@ -687,7 +651,6 @@ def read_saved(subject):
                          f"has the same name: rename one of them")
     return content["metrics"]
 
-
 def say(subject, key, number):
     """Print a number with its protocol."""
     said = f"refused, {number.get('reason')}"
@@ -695,7 +658,6 @@ def say(subject, key, number):
         said = f"{number['value']:.4f} +- {number['se']:.4f}"
     protocol = ", ".join(f"{name} {value}" for name, value in number["protocol"].items())
     tqdm.write(f"{subject.path} on {subject.data.config.data}: {key} {said}; {protocol}")
-
 
 def evaluate_point(subject):
     """Measure and write what is missing, print all. -> the value of the first number.
@@ -725,7 +687,6 @@ def evaluate_point(subject):
                 say(subject, key, number)
     return values[0]
 
-
 def check_image_folder(config, files):
     """Raises ValueError where --save_images would mix images of several models or calls."""
     if len(files) > 1 or len(config.data or [""]) > 1 or config.metrics != ["fd"]:
@@ -734,7 +695,6 @@ def check_image_folder(config, files):
     folder = Path(config.save_images)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--save_images {folder}: not empty, so other images would be among these")
-
 
 def evaluate(config):
     """All metrics of all models on all data sets, and a picture of the best model's samples.
@@ -768,7 +728,6 @@ def evaluate(config):
         for _, subject in best.values():
             save_samples(subject)
 
-
 def main():
     (config,) = parse_flags((EvaluateConfig,), __doc__, positional="path")
     try:
@@ -777,7 +736,6 @@ def main():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

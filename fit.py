@@ -50,21 +50,17 @@ PEAK = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 225
         "A10G": 70, "A10": 125, "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 4090": 165,
         "RTX 3090": 71, "MI250X": 383, "MI300X": 1307, "TPUv4": 275, "TPUv5e": 197, "TPUv5p": 459}
 
-
 class BadInput(Exception):
     """A file or flag that cannot be used: one line, exit status 2."""
 
-
 class Refused(Exception):
     """The data allow no law: the reason in one line, exit status 3."""
-
 
 # ---- 1. the points -----------------------------------------------------------------------------
 
 ONE = ("count", "arch", "data", "resolution", "captions", "train_images")  # the same in all records
 RECORD = ("arch", "depth", "width", "seed", "N_blocks", "N_total", "budget", "count", "C", "C_6nd",
           "D", "data", "resolution", "captions")  # what a record must have, beside the metric
-
 
 def read(paths):
     """Records (a list of dicts) from results directories, or from CSV files. Raises BadInput."""
@@ -81,7 +77,6 @@ def read(paths):
         raise BadInput("a CSV file and a results directory cannot be fitted together: they count "
                        "differently")
     return records
-
 
 def read_results(folder):
     """The records of a sweep's points, each with its `metrics`, {"METRIC on DATA": value}."""
@@ -100,7 +95,6 @@ def read_results(folder):
         records.append(record)
     return records
 
-
 def read_json(file):
     """The content of a file that train.py or evaluate.py wrote. Raises BadInput."""
     try:
@@ -110,7 +104,6 @@ def read_json(file):
     if not isinstance(content, dict) or content.get("schema") != 1:
         raise BadInput(f"{file}: torn, or not of schema 1; delete it and make it again")
     return content
-
 
 def add_metrics(record, file):
     """The metrics of a file, and how they were measured: one law needs one way."""
@@ -126,7 +119,6 @@ def add_metrics(record, file):
                     record["conditions"][f"{key} in the protocol of {label}"] = value
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{file}: torn, or not a metrics file of schema 1")
-
 
 def read_csv(file):
     """Rows with columns N, D, C, loss and perhaps budget, run, run_id, seed."""
@@ -153,7 +145,6 @@ def read_csv(file):
             record.setdefault("run", record["run_id"])
     return records
 
-
 @dataclass(frozen=True)
 class Points:
     """What law_of fits: arrays (n,), an element for each run and budget."""
@@ -179,7 +170,6 @@ class Points:
         arrays = {name: getattr(self, name)[chosen] for name in names}
         metrics = {name: values[chosen] for name, values in self.metrics.items()}
         return replace(self, **arrays, metrics=metrics, records=[])
-
 
 def points_of(records, metric="val_loss_ema", n_kind="blocks"):
     """Records -> Points. Raises BadInput or Refused, naming the source.
@@ -212,7 +202,6 @@ def points_of(records, metric="val_loss_ema", n_kind="blocks"):
                   budgets=budgets, metrics=metrics, records=records,
                   nested=shared if named else None)
 
-
 def check(records, columns, metric):
     """Raises BadInput for records that do not belong together, Refused for impossible values."""
     conditions = {}
@@ -230,7 +219,6 @@ def check(records, columns, metric):
                 raise BadInput(f"one law needs one {key}: it is {first} in {source} and {value} in "
                                f"{record['source']}")
 
-
 def without_repetitions(records, columns):
     """The records, exact repetitions once. Refused where repetitions differ in their loss."""
     first = {}
@@ -243,7 +231,6 @@ def without_repetitions(records, columns):
                           "losses: the same N and C, no seed to tell them apart")
     return list(first.values())
 
-
 def budget_index(records):
     """(n,) index of each record's budget: its nominal one, or without that C within 10%."""
     named = all("budget" in record for record in records)
@@ -254,7 +241,6 @@ def budget_index(records):
             group, smallest = group + 1, nominal[i]
         index[i] = group
     return index
-
 
 # ---- 2. a parabola per budget ------------------------------------------------------------------
 
@@ -271,7 +257,6 @@ class Vertex:
         """nan where there is no vertex, or too few sizes were measured."""
         return self.values.get(name, math.nan)
 
-
 def window_of(points, b):
     """Indices of the points of budget b near its lowest loss. Seeds of a size count together."""
     here = np.flatnonzero(points.budget == b)
@@ -282,7 +267,6 @@ def window_of(points, b):
     distance = np.abs(sizes - sizes[mean_loss.argmin()])
     nearest = np.sort(distance)[:NEAREST].max()
     return here[(distance <= max(nearest, math.log(WINDOW)) + 1e-9)[size]]
-
 
 def parabola(points, b, window=None, degree=2):
     """The Vertex of budget b: least squares of ln loss in ln N over the window.
@@ -315,19 +299,16 @@ def parabola(points, b, window=None, degree=2):
             values[f"N* of {name}"] = parabola_of_metric(points, b, name).value("N")
     return no_vertex(None, values, bowl.deriv(2)(best) / 2)
 
-
 def parabola_of_metric(points, b, name):
     """The Vertex of a metric in place of the loss, from the points where it was measured."""
     measured = points.take(np.isfinite(points.metrics[name]))
     return parabola(replace(measured, loss=measured.metrics[name], metrics={}), b)
-
 
 def points_in_windows(folder):
     """Paths of the result.json whose points the parabolas use. Raises BadInput or Refused."""
     points = points_of(read([folder]))
     windows = [window_of(points, b) for b in range(len(points.budgets))]
     return [points.records[i]["source"] for i in sorted(np.concatenate(windows))]
-
 
 # ---- 3. and 4. lines through the vertices, and the law with a floor ----------------------------
 
@@ -353,22 +334,18 @@ class PowerLaw:
         """That of value = floor + coefficient C^exponent."""
         return float(self.level * np.float_power(self.middle, -self.exponent))
 
-
 # What a law does not have is nan: so every question can be put to every resample's law.
 NO_LAW = PowerLaw()
-
 
 def line(x, y):
     """Least squares y = level + slope (x - mean x), unweighted as the paper's. -> level, slope."""
     away = x - x.mean()
     return y.mean(), (away @ y) / (away @ away)
 
-
 def curve(vertices, name):
     """C and value (two arrays) at the budgets where the name could be read."""
     found = [(v.C, v.value(name)) for v in vertices if math.isfinite(v.value(name))]
     return np.array(found).reshape(-1, 2).T
-
 
 def power_law(vertices, name):
     """The straight line in log-log. NO_LAW with fewer than 3 budgets."""
@@ -377,7 +354,6 @@ def power_law(vertices, name):
         return NO_LAW
     level, slope = line(np.log(C), np.log(values))
     return PowerLaw(math.exp(np.log(C).mean()), math.exp(level), float(slope))
-
 
 def floor_law(vertices, name):
     """L_inf + K (C / middle)^-g by least squares of relative errors. NO_LAW with under 4 budgets.
@@ -403,7 +379,6 @@ def floor_law(vertices, name):
                             options={"xatol": 1e-9}).x
     L_inf, K = project(log_g)[0]
     return PowerLaw(middle, float(K), -math.exp(log_g), float(L_inf))
-
 
 # ---- 5. the parametric form --------------------------------------------------------------------
 
@@ -436,7 +411,6 @@ class Form:
         ratio = self.alpha * self.A / (self.beta * self.B)
         N = ratio ** (1 / (self.alpha + self.beta)) * (C / self.kappa) ** self.a
         return N, C / self.kappa / N
-
 
 def descend(points, start, step=0):
     """The Form with the lowest SUM of Huber losses of ln L, from a start (a Form) and a step (5,).
@@ -471,7 +445,6 @@ def descend(points, start, step=0):
                     math.exp(np.log(points.C / points.N / points.D).mean()), float(found.cost),
                     float(found.optimality))
 
-
 def projected_start(points):
     """Variable projection: on a grid of (alpha, beta), where E, A and B are linear. -> Form."""
     lowest, best = math.inf, None
@@ -484,7 +457,6 @@ def projected_start(points):
                 factors = np.maximum(factors, 1e-3 * points.loss.min() / terms.mean(0))
                 lowest, best = misfit, Form(*factors, alpha, beta)
     return best
-
 
 def parametric_form(points, starts=8):
     """The best Form from the projected start and from others within 2 log-units; or why not."""
@@ -514,7 +486,6 @@ def parametric_form(points, starts=8):
     agree = sum(form.objective <= best.objective + 1e-9 for form in forms)
     return replace(best, starts=starts + 1, starts_agree=agree)
 
-
 # ---- the law -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -528,7 +499,6 @@ class Law:
     def usable(self):
         """The vertices of the budgets that have one."""
         return [vertex for vertex in self.vertices if not vertex.reason]
-
 
 def law_of(points, near=None):
     """The Law of a set of points. For a resample, `near` is the law of the points themselves.
@@ -545,12 +515,10 @@ def law_of(points, near=None):
     form = descend(points, near.form)
     return replace(law, form=form) if form.gradient_norm < 1e-8 else law
 
-
 def law_through(vertices, with_floor, without):
     """What of a law follows from the vertices alone: lines for all names, floors for some."""
     lines = {name: power_law(vertices, name) for name in (*without, *with_floor)}
     return Law(vertices, lines, {name: floor_law(vertices, name) for name in with_floor})
-
 
 # ---- 6. resamples and intervals ----------------------------------------------------------------
 
@@ -563,13 +531,11 @@ class Noise:
     correlation: float  # of two errors of one run
     nested: bool        # whether points share runs
 
-
 def residual_maker(N, degree=2):
     """(n, n) matrix that takes values at sizes N to their residuals from a polynomial in ln N."""
     log_N = np.log(N)
     basis, _ = np.linalg.qr(np.vander(log_N - log_N.mean(), degree + 1))
     return np.eye(len(N)) - basis @ basis.T
-
 
 def measure_noise(points, law):
     """The Noise of the points, from their residuals.
@@ -604,7 +570,6 @@ def measure_noise(points, law):
     nested = correlation > 0.25 if points.nested is None else points.nested
     return Noise(values - residual, scale, mixing, correlation, nested)
 
-
 def resample(points, noise, seed):
     """Points that might as well have been measured.
 
@@ -624,18 +589,15 @@ def resample(points, noise, seed):
     loss, *metrics = np.exp(noise.fitted + noise.scale * (noise.mixing @ errors))
     return replace(points, loss=loss, metrics=dict(zip(points.metrics, metrics)), records=[])
 
-
 def resampled_law(points, law, noise, seed):
     """One draw of the bootstrap."""
     return law_of(resample(points, noise, seed), near=law)
-
 
 def interval(answers):
     """The middle 95% of the finite answers as [lo, hi]; None where they are fewer than 20."""
     answers = np.array(answers, float)
     answers = answers[np.isfinite(answers)]
     return np.quantile(answers, [0.025, 0.975]).tolist() if len(answers) >= 20 else None
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -654,7 +616,6 @@ class Fit:
     def with_interval(self, question):
         """{"value", "ci95"}: the law's own answer to a question, and its interval."""
         return {"value": float(question(self.law)), "ci95": self.interval(question)}
-
 
 def fit(records, metric="val_loss_ema", n_kind="blocks", resamples=1000, seed=0):
     """Records -> Fit. Refused where neither three budgets nor the parametric form can be fitted."""
@@ -675,11 +636,9 @@ def fit(records, metric="val_loss_ema", n_kind="blocks", resamples=1000, seed=0)
         metric, n_kind = "loss", "as given"
     return Fit(points, law, noise, draws, metric, n_kind)
 
-
 def too_few(law):
     """Why there is no line."""
     return f"{len(law.usable())} usable budgets of {len(law.vertices)}, a line needs 3"
-
 
 # ---- 7. what law.json tells --------------------------------------------------------------------
 
@@ -722,7 +681,6 @@ def summary(fitted, seed=0):
     told["warnings"] = warnings(fitted, told)
     return told
 
-
 def budget_rows(fitted):
     """What was found at every budget."""
     rows = []
@@ -735,7 +693,6 @@ def budget_rows(fitted):
                      "N_opt_ci95": None if vertex.reason else within,
                      "flags": [] if vertex.reason else flags(fitted.points, vertex)})
     return rows
-
 
 def flags(points, vertex):
     """What makes the parabola of a budget doubtful, in words."""
@@ -758,7 +715,6 @@ def flags(points, vertex):
                   for i in np.flatnonzero(far)]
     return found
 
-
 def told_line(fitted, name):
     """A straight line as value = coefficient C^exponent; None with fewer than 3 budgets."""
     law_line, vertices = fitted.law.lines[name], fitted.law.vertices
@@ -772,7 +728,6 @@ def told_line(fitted, name):
             "jackknife95": jackknife(vertices, name),
             "r2": float(1 - rest / spread) if spread else None}
 
-
 def jackknife(vertices, name):
     """The 95% interval of the exponent from leaving out one budget after the other."""
     vertices = [vertex for vertex in vertices if math.isfinite(vertex.value(name))]
@@ -782,7 +737,6 @@ def jackknife(vertices, name):
     left = [power_law(vertices[:i] + vertices[i + 1:], name).exponent for i in range(k)]
     error = stdtrit(k - 1, 0.975) * math.sqrt((k - 1) * np.var(left))
     return [exponent - error, exponent + error]
-
 
 def told_floor(fitted, name, reasons):
     """The law with a floor, L_inf + coefficient C^-exponent; or None, and `reasons` says why."""
@@ -800,7 +754,6 @@ def told_floor(fitted, name, reasons):
     reasons["loss.floor" if name == "loss" else f"metrics.{name}.floor"] = reason
     return None
 
-
 def told_metric(fitted, name, reasons):
     """The law of a metric at N*; of an FD also the N best for itself."""
     if name not in fitted.points.metrics:
@@ -815,7 +768,6 @@ def told_metric(fitted, name, reasons):
     if name.startswith("fd"):
         told["own_optimum"] = own_optimum(fitted, name)
     return told
-
 
 def own_optimum(fitted, name):
     """The N best for an FD itself: its line or "refused", and per budget its value or a reason.
@@ -837,7 +789,6 @@ def own_optimum(fitted, name):
         return {"refused": f"only {seen} of {draws} resamples have an optimum of its own at 3 "
                 "budgets", "budgets": rows}
     return {**told_line(fitted, own), "budgets": rows}
-
 
 def offsets(fitted):
     """What metrics have more at N* on other data than on the training data: difference and ratio.
@@ -866,12 +817,10 @@ def offsets(fitted):
         rows.append(row)
     return rows
 
-
 def gap(vertex, here, other, what):
     """What a vertex has more of one metric than of another."""
     a, b = vertex.value(here), vertex.value(other)
     return b - a if what == "difference" else b / a
-
 
 def offset_line(fitted, here, other, what):
     """Level and slope of a gap over the budgets, and a verdict on it."""
@@ -894,7 +843,6 @@ def offset_line(fitted, here, other, what):
                  "ci95": level["ci95"] and np.exp(level["ci95"]).tolist()}
     return {what: level, f"{what}_per_decade": slope, f"{what}_is": verdict}
 
-
 def verdict_on(level, slope):
     """Whether a gap widens with compute, as far as the intervals can tell."""
     if not (level["ci95"] and slope["ci95"]):
@@ -905,12 +853,10 @@ def verdict_on(level, slope):
         return "rises" if slope["value"] > 0 else "falls"
     return "widens" if sign(level) == sign(slope) else "shrinks"
 
-
 def sign(answer):
     """+1 or -1 for a {"value", "ci95"}; 0 where the interval holds 0 or is missing."""
     low, high = answer["ci95"] or (0, 0)
     return 0 if low <= 0 <= high else math.copysign(1, low)
-
 
 def told_form(fitted):
     """The parametric form with its intervals, or why it is refused."""
@@ -924,7 +870,6 @@ def told_form(fitted):
                  for name in ("E", "alpha", "beta", "a")},
         "resamples_discarded": sum(math.isnan(law.form.E) for law in draws)}
 
-
 def method_spread(fitted):
     """The exponent of N* by four methods, whose spread is often larger than the interval."""
     points, vertices = fitted.points, fitted.law.vertices
@@ -937,7 +882,6 @@ def method_spread(fitted):
     methods = {name: a if math.isfinite(a) else None for name, a in methods.items()}
     found = [a for a in methods.values() if a is not None]
     return {"exponent_N": [min(found), max(found)] if len(found) > 1 else None, "methods": methods}
-
 
 def extrapolations(fitted):
     """How the law of the smallest 3, 4, 5 .. usable budgets predicts the top one, and the backtest.
@@ -961,7 +905,6 @@ def extrapolations(fitted):
             backtest += [{"budgets_left_out": len(used) - k, **test} for test in tests]
     return {"how_much_is_enough": rows, "backtest": backtest[::-1]}
 
-
 def prediction(short, vertex):
     """How a law of fewer budgets predicts a vertex: with a floor where there are 4 for one."""
     kind = "floors" if short.law.floors["loss"].exists else "lines"
@@ -970,7 +913,6 @@ def prediction(short, vertex):
     return {"left_out": vertex.C, "law": "with floor" if kind == "floors" else "power",
             "predicted": predicted["value"], "ci95": predicted["ci95"], "measured": measured,
             "error": predicted["value"] / measured - 1, "N_error": float(N / vertex.value("N") - 1)}
-
 
 def noise_of_a_point(points, metric):
     """Paired errors between neighbouring sizes, and the spread over seeds, in percent of the loss.
@@ -996,7 +938,6 @@ def noise_of_a_point(points, metric):
             "seed_spread_percent": 100 * math.sqrt(np.mean(variances)) if variances else None,
             "seed_spread_reason": None if variances else "one seed only"}
 
-
 def paired_error(one, two):
     """Standard error of the mean difference of two files of losses, in percent."""
     try:
@@ -1004,7 +945,6 @@ def paired_error(one, two):
         return 100 * (a - b).std(ddof=1) / math.sqrt(len(a)) / b.mean()
     except (EOFError, ValueError):
         raise BadInput(f"{one} or its neighbour {two}: torn, or not the losses of the same images")
-
 
 def warnings(fitted, told):
     """What a reader must know before using the law, in words; `told` is the summary so far."""
@@ -1046,7 +986,6 @@ def warnings(fitted, told):
                      f"{told['error_correlation']:.2f}, so points are taken for {kind}")
     return found
 
-
 # ---- plans and comparisons ---------------------------------------------------------------------
 
 def parse_plan(text):
@@ -1061,7 +1000,6 @@ def parse_plan(text):
     if not 0 < C < math.inf:
         raise BadInput(f"--plan {text}: not a positive number of FLOPs")
     return C, speed
-
 
 def compute_of(text):
     """FLOPs, and FLOP/s of one device, of devices:time:MFU."""
@@ -1079,7 +1017,6 @@ def compute_of(text):
     if not 0 < float(mfu) <= 1:
         raise BadInput(f"--plan {text}: the MFU must lie in (0, 1], not {mfu}")
     return C, speed
-
 
 def plan(fitted, text):
     """The run to make with a budget: its shape, cost, results, and how far beyond the data it is.
@@ -1120,7 +1057,6 @@ def plan(fitted, text):
     told["reason"] = f"{', '.join(missing)} unknown: the records do not tell" if missing else None
     return told
 
-
 def paper_plan(text):
     """The same from the paper's own coefficients and its family: width = 64 depth, batch 1024."""
     C, _ = parse_plan(text)
@@ -1128,7 +1064,6 @@ def paper_plan(text):
     depth = round((N / 12 / PAPER_ASPECT**2) ** (1 / 3))
     return {"asked": text, "C": C, "N": N, "D": D, "train_loss": loss, "images": D / PAPER_TOKENS,
             "steps": D / PAPER_TOKENS / PAPER_BATCH, "depth": depth, "width": PAPER_ASPECT * depth}
-
 
 def nearest_shape(points, N):
     """(depth, width) nearest to N in the records' family; None, None where they have none."""
@@ -1154,12 +1089,10 @@ def nearest_shape(points, N):
     return min(((depth, width) for depth in depths for width in range(head, int(widest), head)
                 if low <= width / depth <= high), key=distance)
 
-
 def tokens_per_image(points):
     """Tokens of an image with caption and time; None where the records do not tell, or differ."""
     ratios = [record["D"] / record["images"] for record in points.records if record.get("images")]
     return float(np.median(ratios)) if ratios and max(ratios) < 1.01 * min(ratios) else None
-
 
 def flops_per_second(points):
     """Median speed of one device at the largest budget; None where the records do not tell."""
@@ -1167,9 +1100,7 @@ def flops_per_second(points):
               if record.get("device_hours") and record["C"] > 0.9 * points.budgets.max()]
     return float(np.median(speeds)) if speeds else None
 
-
 NAMES = {"N": "N*", "D": "D*", "loss": "loss"}
-
 
 def side_by_side(fits):
     """Fits by name -> a row for each: exponents, and N* and loss at one C amid the data of all."""
@@ -1183,7 +1114,6 @@ def side_by_side(fits):
             row[f"{NAMES[name]} at C"] = one.with_interval(lambda law: law.lines[name].predict(C))
         rows.append(row)
     return {"C": C, "rows": rows}
-
 
 def compare(one, two, names, budgets):
     """Two Fits: differences with intervals, where the losses cross, how much compute B saves.
@@ -1219,18 +1149,15 @@ def compare(one, two, names, budgets):
     told["reading"] = reading(a, b, sign(exponents[0]["B-A"]), sign(exponents[2]["B-A"]))
     return told
 
-
 def crossing(a, b):
     """The C at which two laws have the same loss."""
     a, b = a.lines["loss"], b.lines["loss"]
     return np.float_power(a.coefficient / b.coefficient, 1 / (b.exponent - a.exponent))
 
-
 def compute_multiplier(a, b, C):
     """The compute that law a needs to reach the loss of law b at C, over C."""
     a, b = a.lines["loss"], b.lines["loss"]
     return np.float_power(b.predict(C) / a.predict(C), 1 / a.exponent)
-
 
 def reading(a, b, of_N, of_loss):
     """What the signs of the differences of exponents say about two records, as the paper reads it.
@@ -1256,7 +1183,6 @@ def reading(a, b, of_N, of_loss):
     changed = " and ".join(changed) or "neither model nor data"
     return f"By their records {changed} changed from A to B. {loss} {size}"
 
-
 # ---- the page to read --------------------------------------------------------------------------
 
 def show(x):
@@ -1269,7 +1195,6 @@ def show(x):
         return "-"
     return f"{x:.4g}" if isinstance(x, float) else str(x)
 
-
 def table(rows, columns):
     """Rows (dicts) as lines of a Markdown table that is also aligned in a terminal."""
     def cell(row, column):
@@ -1280,7 +1205,6 @@ def table(rows, columns):
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:], ""]
-
 
 def page(told, reference=False):
     """law.md, which is also what the command prints: law.json as tables, columns named as there."""
@@ -1305,7 +1229,6 @@ def page(told, reference=False):
                   one["reading"], *(f"WARNING: {warning}" for warning in one["warnings"]), ""]
     warned = [f"- {warning}" for warning in told["warnings"]] or ["none"]
     return "\n".join([*lines, "## Warnings", "", *warned, ""])
-
 
 def sections(told, reference):
     """(title, rows, columns) of every table; one without rows is left out."""
@@ -1367,14 +1290,12 @@ def sections(told, reference):
         (f"The laws side by side, at C = {show(beside['C'])}", beside["rows"],
          [*(beside["rows"] or [{}])[0]])]
 
-
 def plan_rows(told):
     """A plan as rows of a table, without what is missing (its reason is one of the rows)."""
     flat = {**(told or {})}
     for name, value in flat.pop("metrics", {}).items():
         flat[f"{name} (metric)"] = value
     return [{"what": name, "value": value} for name, value in flat.items() if value is not None]
-
 
 # ---- the command -------------------------------------------------------------------------------
 
@@ -1407,7 +1328,6 @@ def arguments(argv):
     if args.bootstrap < 20:
         raise BadInput(f"--bootstrap {args.bootstrap}: an interval needs 20 resamples")
     return args
-
 
 def run(args):
     """Fit, compare, plan; write the page, the numbers and the pictures; print the page."""
@@ -1445,7 +1365,6 @@ def run(args):
     write(out / "law.json", lambda file: file.write_text(numbers + "\n"))
     print(f"{text}\n{out}: law.md law.json {' '.join(drawn)}")
 
-
 def both_counts(fitted, told, records, args):
     """The exponent of N* with N counted in both ways, a row for each that has one."""
     if "N" in records[0]:
@@ -1463,7 +1382,6 @@ def both_counts(fitted, told, records, args):
             rows.append({"n_kind": n_kind, "exponent": exponent["value"], "ci95": exponent["ci95"],
                          "a_parametric": None if one.law.form.refused else one.law.form.a})
     return rows
-
 
 def compare_all(fitted, told, args):
     """Every path of --compare against the first. -> {name: Fit}; Refused where none has a law."""
@@ -1491,13 +1409,11 @@ def compare_all(fitted, told, args):
     told["side_by_side"] = side_by_side(fits)
     return fits
 
-
 def write(file, save):
     """A file appears whole or not at all."""
     torn = file.with_name(f"{file.name}.tmp")
     save(torn)
     os.replace(torn, file)
-
 
 def main(argv=None):
     """The command line. -> exit status: 0, 2 for bad input, 3 for a refusal."""
@@ -1514,13 +1430,11 @@ def main(argv=None):
         print(f"fit.py: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 2
 
-
 # ---- the pictures ------------------------------------------------------------------------------
 
 UNITS = {"vlb": ", bits/dim", "nll": ", bits/dim", "vlb_minus_nll": ", bits/dim",
          "caption_accuracy": ", share of captions"}
 FLOPS = "C, training FLOPs"
-
 
 def draw_all(out, fitted, told, fits, reference):
     """Draw what there is into the folder; what an older law left goes. -> names of files."""
@@ -1541,7 +1455,6 @@ def draw_all(out, fitted, told, fits, reference):
             (out / name).unlink(missing_ok=True)
     return [name for name, figure in figures.items() if figure]
 
-
 def log_axes(ax, xlabel, ylabel, title, fine=""):
     """Logarithmic axes; `fine` names those ("x", "y") that span only a part of a decade.
 
@@ -1561,13 +1474,11 @@ def log_axes(ax, xlabel, ylabel, title, fine=""):
         axis.set_major_formatter("{x:.4g}")
         axis.set_ticks([], minor=True)
 
-
 def room_for_legend(ax, share):
     """Higher by a share of what it spans, on a logarithmic axis."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** share)
-
 
 def band(ax, fitted, kind, name, C, colour, label):
     """A law of one kind ("lines" or "floors") over C with the middle 95% of its resamples."""
@@ -1578,7 +1489,6 @@ def band(ax, fitted, kind, name, C, colour, label):
         low, high = np.quantile(curves, [0.025, 0.975], axis=0)
         ax.fill_between(C, low, high, color=colour, alpha=0.2, lw=0)
 
-
 def dots(ax, fitted, name, colours):
     """What was found at every budget, with its interval."""
     for b, vertex in enumerate(fitted.law.vertices):
@@ -1586,7 +1496,6 @@ def dots(ax, fitted, name, colours):
             ends = fitted.interval(lambda law: law.vertices[b].value(name)) or [math.nan] * 2
             ax.plot([vertex.C] * 2, ends, color=colours[b], lw=2)
             ax.plot(vertex.C, vertex.value(name), "o", color=colours[b], ms=5)
-
 
 def draw_law(plt, fitted, told, reference):
     """law.png: a parabola per budget; N*(C), D*(C) and the loss over C."""
@@ -1621,7 +1530,6 @@ def draw_law(plt, fitted, told, reference):
             ax.legend(fontsize=8)
     return figure
 
-
 def device_hours(ax, speed):
     """A second axis above one of C, where the records tell the speed of a device."""
     if speed:
@@ -1630,7 +1538,6 @@ def device_hours(ax, speed):
         top.set_xlabel("device-hours", fontsize=8)
         top.tick_params(labelsize=8)
         top.xaxis.set_minor_formatter("")
-
 
 def draw_parabolas(ax, fitted, colours):
     """Loss over N: a parabola per budget, its vertex a star; hollow points are in no window."""
@@ -1651,7 +1558,6 @@ def draw_parabolas(ax, fitted, colours):
              "One parabola per budget (star: its vertex; hollow: not in its window)", "y")
     if len(points.budgets) <= 15:
         ax.legend(title="C, FLOPs", fontsize=8, title_fontsize=8, loc="upper center", ncols=5)
-
 
 def draw_metrics(plt, fitted, told):
     """metrics.png: a panel for each metric at N* over C, a colour for each data set."""
@@ -1676,7 +1582,6 @@ def draw_metrics(plt, fitted, told):
     for ax in axes.flat[len(metrics):]:
         ax.set_visible(False)
     return figure
-
 
 def draw_diagnostics(plt, fitted, told):
     """law_diagnostics.png: residuals, the clouds of the bootstrap, how much is enough."""
@@ -1713,7 +1618,6 @@ def draw_diagnostics(plt, fitted, told):
     error.set_ylabel("error of the predicted loss of the top budget, %", color="C1")
     return figure
 
-
 def draw_residuals(figure, ax, points, chosen, x, residual, label, title):
     """What a fit leaves over; the colour is the budget."""
     shown = ax.scatter(x[chosen], 100 * residual[chosen], s=18, c=np.log10(points.C[chosen]))
@@ -1721,7 +1625,6 @@ def draw_residuals(figure, ax, points, chosen, x, residual, label, title):
     ax.axhline(0, color="gray", lw=0.7)
     ax.set(xlabel=label, ylabel="residual, % of the loss",
            title=f"{title}: what is left over (a pattern is a misfit)")
-
 
 def draw_comparison(plt, fits):
     """compare.png: loss at N*, N*, and epochs where images were repeated; a colour a law."""
@@ -1750,7 +1653,6 @@ def draw_comparison(plt, fits):
             ax.remove()
     return figure
 
-
 def draw_curves(plt, fitted, told):
     """curves.png: why one run serves many budgets. Every run's loss over C, the best run marked."""
     points = fitted.points
@@ -1773,7 +1675,6 @@ def draw_curves(plt, fitted, told):
     figure.colorbar(plt.cm.ScalarMappable(scale, "plasma"), ax=ax,
                     label=f"N, parameters ({fitted.n_kind})")
     return figure
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,11 +21,9 @@ import math
 import torch
 from einops import reduce
 
-
 def per_image(t, x):
     """(B,) -> (B, 1, 1, ...), to multiply a batch like x."""
     return t.view(-1, *[1] * (x.ndim - 1))
-
 
 def loss_per_image(v, x, eps, t, text, text_mask):
     """Rectified-flow loss of each image, (B,): mean of (v_model - (eps - x))^2, float32. t (B,)."""
@@ -33,11 +31,9 @@ def loss_per_image(v, x, eps, t, text, text_mask):
     error = v(x_t, t, text, text_mask).float() - (eps - x)
     return reduce(error.square(), "b ... -> b", "mean")
 
-
 def expected_start_loss(x):
     """The loss of a network whose output is zero: E[(eps - x)^2] = 1 + E[x^2]."""
     return 1 + x.square().mean()
-
 
 def stratified_times(stratum, strata, jitter, sampling="logit_normal"):
     """Times for a batch, (B,): one from each of `strata` slices of equal probability, float32.
@@ -51,26 +47,22 @@ def stratified_times(stratum, strata, jitter, sampling="logit_normal"):
         u = torch.sigmoid(torch.special.ndtri(u))   # ndtri(u) is a normal number
     return u.float()
 
-
 def validation_loss(v, batches):
     """The loss of each image of batches (x, eps, t, text, text_mask): (n,) float32 on the CPU.
     They are the same for all models of a sweep, so in a difference the luck of the draw cancels."""
     with torch.no_grad():
         return torch.cat([loss_per_image(v, *batch).float().cpu() for batch in batches])
 
-
 def mean_and_standard_error(values):
     """(n,) -> the mean and the standard error of the mean, in float64."""
     values = values.double()
     return values.mean().item(), values.std().item() / len(values) ** 0.5
-
 
 def loss_by_time(losses, t, bins=10):
     """Mean loss in equal bins of t, a list of `bins` numbers (None where no image falls)."""
     bin_of = (t * bins).long().clamp(max=bins - 1)
     groups = [losses[bin_of == k].double() for k in range(bins)]
     return [group.mean().item() if len(group) else None for group in groups]
-
 
 def guided(v, guidance):
     """Classifier-free guidance (Ho & Salimans 2022) on all channels: a new v; of 1 v, to the bit.
@@ -84,7 +76,6 @@ def guided(v, guidance):
         conditional, unconditional = both.float().chunk(2)
         return unconditional + guidance * (conditional - unconditional)
     return guided_v
-
 
 @torch.no_grad()
 def sample(v, eps, text, text_mask, steps=16, solver="heun", guidance=1.0):
@@ -105,14 +96,11 @@ def sample(v, eps, text, text_mask, steps=16, solver="heun", guidance=1.0):
         x_t = x_t + (t_next - t) * slope
     return x_t
 
-
 VLB_RANGE = 2 ** -8, 1.0   # t0, t1: below half a level of 8-bit pixels there is only their noise
-
 
 def sum_dims(values):
     """(B, ...) -> (B,): the sum over all but the batch, in float64."""
     return values.double().flatten(1).sum(1)
-
 
 def slope_and_divergence(v, x_t, t, text, text_mask, probes, generator):
     """v(x_t, t) and div v, (B,) float64, at one t for all images.
@@ -135,7 +123,6 @@ def slope_and_divergence(v, x_t, t, text, text_mask, probes, generator):
         divergence += sum_dims(e_J * e)
     return slope.detach(), divergence / (probes or 1)
 
-
 def variance_of_probes(steps):
     """Of the integral by Heun's method of a divergence that is an estimate of probes, (B,).
 
@@ -150,7 +137,6 @@ def variance_of_probes(steps):
         weight = (h_before ** 2 + h ** 2 + single) / 4
         variance = variance + (arrived - departed).square() / 2 * weight
     return variance
-
 
 def log_likelihood(v, x, text, text_mask, steps=32, probes=1, seed=0):
     """log p(x) of the density that the sampler's ODE gives to data: nats per image (B,), its
@@ -181,7 +167,6 @@ def log_likelihood(v, x, text, text_mask, steps=32, probes=1, seed=0):
     log_normal = -0.5 * (sum_dims(x_t.double().square()) + x[0].numel() * math.log(2 * math.pi))
     variance = variance_of_probes(taken) if probes else torch.zeros_like(integral)
     return log_normal + integral, variance.sqrt(), 2 * steps
-
 
 @torch.no_grad()
 def vlb(v, x, text, text_mask, times=64, seed=0, t0=VLB_RANGE[0], t1=VLB_RANGE[1]):
@@ -216,7 +201,6 @@ def vlb(v, x, text, text_mask, times=64, seed=0, t0=VLB_RANGE[0], t1=VLB_RANGE[1
     reconstruction = torch.full_like(prior, dims * per_dim)
     return {"nats": prior + diffusion + reconstruction, "prior": prior, "diffusion": diffusion,
             "reconstruction": reconstruction, "t0": t0, "t1": t1}
-
 
 def bits_per_dim(nats, dims, pixels=True):
     """-log p in nats per image -> bits per dimension; of 8-bit pixels k if x = (k + u) / 128 - 1.

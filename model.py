@@ -11,12 +11,12 @@ differ in how the image learns of text and time:
                 text shift, scale and gate both (adaLN-Zero; Stable Diffusion 3, arXiv 2403.03206)
 
 A fourth one is one more class like InContext below and its line in ARCHITECTURES.
-`python model.py [ARCH]` prints the family of models. This file knows nothing of noise or of data.
+`python model.py [ARCH ...]` prints the family of models. This file knows nothing of noise or of data.
 N = parameters (in the blocks, unless said otherwise), C = training FLOPs. Shapes in the comments:
 B batch, T tokens in the sequence, S text tokens, W width, H heads, F features of a text token.
 """
-import argparse
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 MUP_BASE_WIDTH = 64  # under mup, `lr` is the rate of a model of this width
 TIME_FEATURES = 256  # sines and cosines that a time is turned into, as in DiT
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -57,7 +56,6 @@ class ModelConfig:
         if self.width % 4:    # sines and cosines of rows and of columns
             raise ValueError(f"--width {self.width} is no multiple of 4: take one that is")
 
-
 def sincos(position, features):
     """Sines and cosines of positions, at unit scale (root mean square 1), (n,) -> (n, features).
 
@@ -70,12 +68,10 @@ def sincos(position, features):
     angle = position.float()[:, None] * frequency
     return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], dim=-1)
 
-
 def sincos_2d(side, width):
     """Places in a square: half of the features tell the row, half the column, (side^2, width)."""
     place = sincos(torch.arange(side), width // 2)
     return torch.cat([place.repeat_interleave(side, dim=0), place.repeat(side, 1)], dim=-1)
-
 
 # The role of a parameter decides its first values and, under mup, its learning rate. Each module
 # tells the roles of its own parameters, in `roles`; a parameter without one is an error.
@@ -92,17 +88,14 @@ GROUPS = {"patch_in": "embedding", "text_in": "embedding", "time_in": "embedding
           "pooled_in": "embedding", "modulation": "embedding", "blocks": "blocks",
           "norm": "head", "head": "head", "head_table": "head", "head_modulation": "head"}
 
-
 class Linear(nn.Linear):
     def __init__(self, inputs, outputs, role="hidden"):
         super().__init__(inputs, outputs)
         nn.init.zeros_(self.bias)
         self.roles = {"weight": role, "bias": "vector"}
 
-
 class Norm(nn.LayerNorm):
     roles = {"weight": "vector", "bias": "vector"}
-
 
 class HeadNorm(nn.RMSNorm):
     """QK-norm: attention logits without a bound are what makes large transformers diverge."""
@@ -112,7 +105,6 @@ class HeadNorm(nn.RMSNorm):
         # A CPU wants one dtype, or warns of its slow path. A GPU's autocast takes float32.
         weight = self.weight.type_as(heads) if heads.device.type == "cpu" else self.weight
         return F.rms_norm(heads, self.normalized_shape, weight, self.eps).type_as(heads)
-
 
 class Modulation(Linear):
     """adaLN: n vectors that shift, scale and gate an image's tokens, c (B, W) -> (n, B, 1, W).
@@ -125,11 +117,9 @@ class Modulation(Linear):
     def forward(self, c):
         return rearrange(super().forward(F.silu(c)), "b (n w) -> n b 1 w", w=self.in_features)
 
-
 def modulated(tokens, shift, scale):
     """adaLN: layer norm whose shift and scale, (B, 1, W), are the image's, not parameters."""
     return F.layer_norm(tokens, tokens.shape[-1:]) * (1 + scale) + shift
-
 
 class MLP(nn.Sequential):
     def __init__(self, width):
@@ -137,7 +127,6 @@ class MLP(nn.Sequential):
         self.fc_in = Linear(width, 4 * width)
         self.gelu = nn.GELU(approximate="tanh")
         self.fc_out = Linear(4 * width, width, role="branch")
-
 
 def attend(q, k, v, mask=None):
     """Attention of heads (B, H, their tokens, head_dim) -> (B, tokens of q, W). mask: keys seen."""
@@ -152,7 +141,6 @@ def attend(q, k, v, mask=None):
     else:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)   # (B, H, T, head_dim)
     return rearrange(attended, "b h t d -> b t (h d)")
-
 
 class Attention(nn.Module):
     """The layers before and after `attend`. cross: keys and values are made of the text."""
@@ -181,7 +169,6 @@ class Attention(nn.Module):
     def forward(self, tokens, mask=None, text=None):
         return self.out(attend(*self.heads(tokens, text), mask))             # (B, T, W)
 
-
 class PlainBlock(nn.Module):
     """incontext: attention and MLP, each behind a norm and added to the tokens."""
     def __init__(self, config):
@@ -195,7 +182,6 @@ class PlainBlock(nn.Module):
         """tokens (B, T, W), mask (B, 1, 1, T)."""
         tokens = tokens + self.attention(self.norm1(tokens), mask)
         return tokens + self.mlp(self.norm2(tokens))
-
 
 class CrossBlock(nn.Module):
     """cross: in between, the image attends to the text, without norm or gate, as in PixArt.
@@ -219,7 +205,6 @@ class CrossBlock(nn.Module):
         image = image + self.cross_attention(image, text_mask, text)
         return image + gate2 * self.mlp(modulated(image, shift2, scale2))
 
-
 class Stream(nn.Module):
     """One of the two streams of a JointBlock: what it does before and after their attention."""
     def __init__(self, config, last_text=False):
@@ -242,7 +227,6 @@ class Stream(nn.Module):
         tokens = tokens + gate1 * self.attention.out(attended)
         return tokens + gate2 * self.mlp(modulated(tokens, shift2, scale2))
 
-
 class JointBlock(nn.Module):
     """mmdit: two streams with their own weights, whose queries, keys and values are joined."""
     def __init__(self, config, last):
@@ -261,7 +245,6 @@ class JointBlock(nn.Module):
         if not self.last:
             text = self.text.add(text, to_text, of_text)
         return self.image.add(image, to_image, of_image), text
-
 
 # ---- the network ---------------------------------------------------------------------------------
 
@@ -393,7 +376,6 @@ class Transformer(nn.Module):
             model(x_t, t, text, text_mask)
         return 3 * counter.get_total_flops()
 
-
 class InContext(Transformer):
     def build(self, config):
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.depth))
@@ -406,7 +388,6 @@ class InContext(Transformer):
         for block in self.blocks:
             tokens = block(tokens, mask)
         return self.norm(tokens[:, -self.image_tokens:])
-
 
 class Cross(Transformer):
     roles = {"head_table": "vector"}
@@ -428,7 +409,6 @@ class Cross(Transformer):
             image = block(image, modulation, text, mask)
         return modulated(image, *(time[None, :, None] + self.head_table[:, None, None]))
 
-
 class MMDiT(Transformer):
     def build(self, config):
         last = config.depth - 1
@@ -446,14 +426,11 @@ class MMDiT(Transformer):
             image, text = block(image, text, mask, c)
         return modulated(image, *self.head_modulation(c))
 
-
 ARCHITECTURES = {"incontext": InContext, "cross": Cross, "mmdit": MMDiT}
-
 
 def DiT(config, **shape):
     """The model that `config` names; shape: of its input, see Transformer."""
     return ARCHITECTURES[config.arch](config, **shape)
-
 
 # The input that a family's FLOPs are counted for: latents of a 256-pixel image with CLIP ViT-L/14
 # text, and small scenes.
@@ -461,7 +438,6 @@ FAMILY_INPUT = {"paper": dict(channels=4, size=32, text_tokens=77, text_dim=768)
                 "quick": dict(channels=3, size=16, text_tokens=16, text_dim=64)}
 FAMILY_CONFIG = {"paper": dict(aspect=64, head_dim=64, qk_norm=False, parametrization="sp"),
                  "quick": {}}
-
 
 def family(name):
     """[(depth, width), ...] of the named family: the sizes whose runs make a law.
@@ -474,7 +450,6 @@ def family(name):
     if name == "paper":
         return [(depth, 64 * depth) for depth in [*range(2, 16), 27]]
     return [(1, 16), (1, 24), (2, 24), (2, 32), (2, 40), (2, 48), (3, 48), (3, 64), (4, 64)]
-
 
 def model_table(name, arch="incontext"):
     """The family as lines of text: N by group, tokens, FLOPs of an image in both counts."""
@@ -490,12 +465,14 @@ def model_table(name, arch="incontext"):
                      f"{exact:11.3e} {rough:9.2e} {rough / exact:9.3f}")
     return "\n".join(lines)
 
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the families of models: sizes and FLOPs.")
-    parser.add_argument("arch", nargs="?", default="incontext", help=", ".join(ARCHITECTURES))
-    arch = parser.parse_args().arch
-    if arch not in ARCHITECTURES:
-        parser.exit(2, f"model.py: {arch}: is none of {', '.join(ARCHITECTURES)}\n")
-    for name in FAMILY_INPUT:
-        print(f"{arch}\n{model_table(name, arch)}\n")
+    words = sys.argv[1:] or ["incontext"]
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        sys.exit()
+    for arch in words:
+        if arch not in ARCHITECTURES:
+            print(f"model.py: {arch}: is none of {', '.join(ARCHITECTURES)}", file=sys.stderr)
+            sys.exit(2)
+        for name in FAMILY_INPUT:
+            print(f"{arch}\n{model_table(name, arch)}\n")

@@ -3,10 +3,15 @@ import sys
 
 import pytest
 import torch
+import tqdm.std
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), os.path.join(TESTS, "bench")]
-torch.set_num_threads(1)  # the models here are small; and a process at a time is what the machine of CI has
+torch.set_num_threads(1)  # the models here are small; CI's machine has two cores
+# tqdm's default lock is shared over forks. A fork that is killed while it holds it would never give
+# it back, and tests kill forks. So only locks of threads, and no thread that may hold one at a fork.
+tqdm.std.TqdmDefaultWriteLock.mp_lock = None
+tqdm.std.tqdm.monitor_interval = 0
 
 
 def pytest_addoption(parser):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -658,8 +656,6 @@ def fork(do):
     if pid == 0:
         status = 1
         try:
-            # tqdm's own lock is shared over forks: killed while it is held, it would not come back.
-            tqdm.set_lock(threading.RLock())
             do()
             status = 0
         except BaseException:

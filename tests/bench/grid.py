@@ -192,7 +192,9 @@ def bench_ideal(folder, jobs):
     for one, record, size in runs:
         with torch.device("meta"):
             model = DiT(size.model, **dict(size.shape))
-        flops = 3 * record["batch"] * model.count_flops()["attention"], record["batch"] * model.flops_per_image()   # a step's attention, all of it
+        _, attentions = products(size.model, dict(size.shape), size.batch)
+        attention_flops = 3 * sum(4 * q.numel() * k[2] for q, k, _ in attentions)   # of a step
+        flops = attention_flops, record["batch"] * model.flops_per_image()
         best, attention = found[size]
         spent = {"real s": record["seconds"], "ideal s": record["steps"] * flops[1] / best,
                  "floor s": record["steps"] * ((flops[1] - flops[0]) / best + attention), "flops": record["steps"] * flops[1]}
