@@ -11,10 +11,12 @@ differ in how the image learns of text and time:
                 text shift, scale and gate both (adaLN-Zero; Stable Diffusion 3, arXiv 2403.03206)
 
 A fourth one is one more class like InContext below and its line in ARCHITECTURES.
-`python model.py [ARCH ...]` prints the family of models. This file knows nothing of noise or of data.
+`python model.py [ARCH ...]` prints the families of models. This file knows nothing of noise or of
+data.
 N = parameters (in the blocks, unless said otherwise), C = training FLOPs. Shapes in the comments:
 B batch, T tokens in the sequence, S text tokens, W width, H heads, F features of a text token.
 """
+import functools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -354,16 +356,13 @@ class Transformer(nn.Module):
         """
         return {"image": self.image_tokens, "text": self.text_tokens, "time": 1}
 
-    def flops_per_image(self, count="exact"):
-        """Training FLOPs of one image, by either count.
+    @functools.cached_property
+    def forward_flops(self):
+        """FLOPs of the forward pass of one image, counted once by torch.
 
-        "exact": 3 times the forward pass, as a backward pass is two of them. torch counts it, on
-        a copy that has shapes but no memory: 2 for each multiply-add of the linear layers and of
-        attention's two products, nothing for the rest.
-        "6nd": the paper's 6 * N * D, N the parameters of the blocks, D all tokens of the image.
+        It runs a copy that has shapes but no memory. 2 for each multiply-add of the linear layers
+        and of attention's two products, nothing for the rest.
         """
-        if count == "6nd":
-            return 6 * self.count_parameters()["blocks"] * sum(self.tokens().values())
         shape = self.channels, self.size, self.text_tokens, self.text_dim
         with torch.device("meta"):
             model = type(self)(self.config, *shape)
@@ -374,7 +373,17 @@ class Transformer(nn.Module):
         # MATH is the attention of two plain products, which the counter sees on every device.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(x_t, t, text, text_mask)
-        return 3 * counter.get_total_flops()
+        return counter.get_total_flops()
+
+    def flops_per_image(self, count="exact"):
+        """Training FLOPs of one image, by either count.
+
+        "exact": 3 times the forward pass, as a backward pass is two of them.
+        "6nd": the paper's 6 * N * D, N the parameters of the blocks, D all tokens of the image.
+        """
+        if count == "6nd":
+            return 6 * self.count_parameters()["blocks"] * sum(self.tokens().values())
+        return 3 * self.forward_flops
 
 class InContext(Transformer):
     def build(self, config):

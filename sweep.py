@@ -94,7 +94,10 @@ class Run:
 # ---- the plan ------------------------------------------------------------------------------------
 
 def given(flags, name):
-    """The value of a flag of train.py on the command line, a string; None where it is not there."""
+    """The value of a flag of train.py on the command line, a string; None where it is not there.
+
+    Once the flags are parsed, a value that was given looks like a default.
+    """
     for one, following in zip(flags, [*flags[1:], ""]):
         if one == f"--{name}":
             return following
@@ -104,22 +107,25 @@ def given(flags, name):
 def reshaped(sizes, aspect, head_dim):
     """The sizes with a width near aspect * depth, at the N that they have.
 
-    depth * width^2 stays, as nearly as whole heads allow.
+    depth * width^2 stays, as nearly as whole heads allow: a law compares shapes at equal N.
     """
     step = math.lcm(4, head_dim)
     found = []
     for depth, width in sizes:
         volume = depth * width ** 2
 
-        def distance(shape):
+        def distance(shape):   # in ln; to miss N costs twice what it costs to miss the aspect
             d, w = shape
             return abs(math.log(w / d / aspect)) + 2 * abs(math.log(d * w ** 2 / volume))
         shapes = [(d, step * max(1, round(math.sqrt(volume / d) / step))) for d in range(1, 129)]
         found.append(min(shapes, key=distance))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))   # two sizes may have become one
 
 def sizes_and_seeds(sweep, flags):
-    """[(depth, width or None, seed)] of the grid."""
+    """[(depth, width or None, seed)] of the grid, from --depth, --width, --seeds or the family.
+
+    width None: train.py takes aspect * depth. Raises ValueError for an aspect that is no number.
+    """
     if sweep.width:
         depths = sweep.depth or [2]
         sizes = list(zip(depths * len(sweep.width) if len(depths) == 1 else depths, sweep.width))
@@ -136,6 +142,7 @@ def sizes_and_seeds(sweep, flags):
                 raise ValueError(f"--aspect {aspect} --head_dim {head_dim}: must be whole numbers "
                                  "above 0") from None
     grid = [(*size, seed) for size in sizes for seed in sweep.seeds or [0]]
+    # Only the grid that is published repeats a size. What a user chooses is taken as it is.
     if sweep.preset == "quick" and not (sweep.budget or sweep.depth or sweep.width or sweep.seeds):
         grid += [(*size, seed) for size in SEED_REPEATS if size in sizes
                  for seed in SEED_REPEATS[size]]
@@ -152,6 +159,7 @@ def useful_steps(sweep, configs, model, shape):
     with torch.device("meta"):   # shapes without memory
         plain = DiT(replace(model_config, arch="incontext"), **shape)
     size = plain.count_parameters()["blocks"]
+    # The expected optimum was measured with this arch and resolution, and with endless images.
     measured_with = "incontext", FAMILY_INPUT[sweep.preset]["size"], None
     as_measured = (model_config.arch, shape["size"], data_config.images) == measured_with
     window = sweep.window or (TRAINED if as_measured else 2 * TRAINED)
@@ -175,11 +183,12 @@ def plan(sweep, flags):
     """
     if given(flags, "seed") is not None:
         raise ValueError("--seed is a flag of one run: give the seeds of a sweep as --seeds")
+    # The paper's grid can be planned before its latents are there.
     latents_to_come = sweep.preset == "paper" and given(flags, "data") is None
     if latents_to_come and not sweep.dry_run:
         raise ValueError("--preset paper is the grid of a cluster, for prepared images: give them "
                          "as --data, or look at it with --dry-run")
-    budgets = [repr(budget) for budget in sweep.budget or BUDGETS[sweep.preset]]
+    budgets = [repr(budget) for budget in sweep.budget or BUDGETS[sweep.preset]]   # all digits
     runs, left_out = [], []
     for depth, width, seed in sizes_and_seeds(sweep, flags):
         arguments = ["--preset", sweep.preset, *flags, "--depth", str(depth), "--seed", str(seed)]
@@ -198,6 +207,7 @@ def plan(sweep, flags):
         if folder in [run.folder for run in runs]:
             raise ValueError(f"{name} is asked for twice (see --width, --depth, --seeds)")
         arguments += ["--budget", *map(repr, steps), "--out", folder]
+        # The command line, and the same as configurations: the sweep asks these, the run that.
         configs[2] = replace(configs[2], budget=list(steps), out=folder)
         runs.append(Run(name, folder, arguments, configs, model.count_parameters()["blocks"], steps,
                         configs[2].batch * model.flops_per_image(), sum(model.tokens().values())))
@@ -209,7 +219,11 @@ def plan(sweep, flags):
 # ---- what it costs -------------------------------------------------------------------------------
 
 def time_steps(runs, threads):
-    """Measure seconds of a step of each size on this machine, not compiled; large ones are not."""
+    """Fill in the seconds of a step of each size, measured on this machine.
+
+    The step is not compiled, since compiling takes longer than the estimate is worth. Steps that
+    would take minutes, as those of the paper's grid on a laptop, are not measured.
+    """
     before = torch.get_num_threads()
     timed = {}
     for run in tqdm(runs, desc="timing a step of each size", leave=False):
@@ -231,12 +245,12 @@ def time_steps(runs, threads):
                 start = time.perf_counter()
                 train.train_step(state, batch).item()
                 seconds.append(time.perf_counter() - start)
-            timed[size] = statistics.median(seconds)
+            timed[size] = statistics.median(seconds)   # the first ones allocate memory
         run.step_seconds = timed[size]
     torch.set_num_threads(before)
 
 def cost_of(run):
-    """Of a run to its end: seconds where its step was timed, else those of an H100 at 40% MFU."""
+    """Seconds of a run to its end: of this machine where a step was timed, else of an H100."""
     return run.last_step() * (run.step_seconds or run.step_flops / H100_FLOPS)
 
 def print_plan(runs):
@@ -245,7 +259,7 @@ def print_plan(runs):
     print(f"{'model':>24} {'N':>11}", *(f"{head:>12}" for head in heads))
     separate = 0
     for run in runs:
-        before = 0
+        before = 0   # the steps of the budget before, through which the run passes on its way
         for budget, steps in run.steps.items():
             added = steps - before
             hours = added * run.step_flops / H100_FLOPS / 3600
@@ -277,10 +291,11 @@ def print_left_out(runs, left_out):
                   "fit.py needs 4 to use it")
 
 def estimate(todo, jobs, threads):
-    """A line: how long these runs will take."""
+    """A line: how long these runs will take, side by side."""
     if any(run.step_seconds is None for run in todo):
         return f"estimated time: {sum(map(cost_of, todo)) / 3600:,.0f} H100-hours at 40% MFU"
     costs = [cost_of(run) for run in todo]
+    # The jobs share the work evenly, but no sweep ends before its longest run.
     longest = max([sum(costs) / jobs, *costs]) / 60
     return (f"estimated time: {longest:.0f} minutes of training, {jobs} jobs of {threads} "
             f"thread{'s' * (threads > 1)}; validation and pictures add about a fifth")
@@ -293,25 +308,27 @@ def is_done(run, encoders):
     config = train.resolve_auto(config, model_config)
     definition = train.definition_of(model_config, data_config, config, encoders)
     train.check_earlier_run(run.folder, definition)
+    # A list, not a generator: each record is read, so that a torn one is named now.
     return all([train.read_record(run.folder, budget) for budget in run.steps])
 
 def progress(run):
-    """Steps that a run has done, from the last whole line of its log."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
+    """Steps that a run has done, from the last whole line of its log; 0 where there is none yet."""
+    with contextlib.suppress(OSError, IndexError, ValueError):   # not begun, or just being written
         with open(os.path.join(run.folder, "log.jsonl"), "rb") as log:
-            log.seek(max(0, os.path.getsize(log.name) - 1000))
+            log.seek(max(0, os.path.getsize(log.name) - 1000))   # a line has fewer bytes than that
             return json.loads(log.read().split(b"\n")[-2])["step"]
     return 0
 
 def train_one(run, gpus, threads, running):
     """Run train.py on the next free GPU, and once more if it fails. -> None, or why it failed.
 
-    What it prints goes to output.txt in its folder. Bad input (status 2) is not tried again.
+    What it prints goes to output.txt in its folder. A second try mends a machine's passing trouble;
+    for bad input (status 2) there is none. running: {folder: process}, for whoever must end them.
     """
     os.makedirs(run.folder, exist_ok=True)
     gpu = gpus.get()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}   # its only one: cuda:0
     command = [sys.executable, str(HERE / "train.py"), *run.arguments]
     if given(run.arguments, "threads") is None:
         command += ["--threads", str(threads)]
@@ -332,12 +349,14 @@ def train_one(run, gpus, threads, running):
 
 def run_all(runs, jobs, threads):
     """Train all runs, the longest first, `jobs` at a time. -> those that failed."""
+    # A queue of GPU names, one for each job (None on a CPU): a run takes one and gives it back.
     gpus, running = SimpleQueue(), {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpu_count(runs))))
     names = visible.split(",") if gpu_count(runs) else [None]
     for job in range(jobs):
         gpus.put(names[job % len(names)])
     total = sum(map(cost_of, runs))
+    # A long run that starts last would leave the other jobs idle at the end.
     waiting = sorted(runs, key=cost_of, reverse=True)
     pool = ThreadPoolExecutor(jobs)
     futures = {pool.submit(train_one, run, gpus, threads, running): run for run in waiting}
@@ -348,6 +367,7 @@ def run_all(runs, jobs, threads):
             pending = futures
             while pending:
                 _, pending = wait(pending, timeout=0.5)
+                # The bar counts cost, not runs: so its time to go holds while runs differ.
                 spent = sum(cost_of(run) * progress(run) / run.last_step() for run in runs)
                 names = ", ".join(os.path.basename(folder) for folder in list(running))
                 bar.set_postfix_str(f"{len(runs) - len(pending)} of {len(runs)} runs done, "
@@ -367,6 +387,7 @@ def run_sweep(sweep, flags):
     """Plan, check, run and fit. -> exit status: that of fit.py, or 1 where a run failed."""
     out = sweep.out or f"results/my-{sweep.preset}"
     runs, left_out = plan(sweep, flags)
+    # On a cluster a process may have been given a part of the cores.
     schedulable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     cores = len(schedulable(0))
     jobs = min(sweep.jobs or gpu_count(runs) or cores, len(runs))
@@ -446,6 +467,7 @@ def run_varied(sweep, flags):
     return 1 if 1 in statuses else status
 
 def call_fit(sweep, *arguments):
+    """Run fit.py as a user would. -> its exit status."""
     metric = ["--metric", "train_loss"] if sweep.preset == "paper" else []
     return subprocess.call([sys.executable, str(HERE / "fit.py"), *arguments, *metric])
 

@@ -143,6 +143,7 @@ def resolve_auto(config, model_config):
     return replace(config, threads=config.threads or threads, **chosen)
 
 def autocast(device, precision):
+    """bfloat16 for the products; the weights and what sums many numbers stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 def compiled(model, config, world=1):
@@ -174,21 +175,26 @@ def training_batch(data, config, step, rank, world, device):
     size = config.batch // config.micro_batches
     first = rank * config.micro_batches // world
     here = slice(first * size, first * size + config.batch // world)
-    index = torch.arange((step - 1) * config.batch, step * config.batch)[here]
-    raw, text, text_mask = data.batch("train", index)
+    index = torch.arange((step - 1) * config.batch, step * config.batch)[here]     # (B,)
+    raw, text, text_mask = data.batch("train", index)                  # text (B, S, F), mask (B, S)
     x, eps, jitter, keep = [], [], [], []
     for micro_batch, part in enumerate(raw.split(size), start=first):
         generator = seeded(config.seed, step, micro_batch, device=device)
-        x.append(data.to_x(part, generator))
+        x.append(data.to_x(part, generator))                               # (size, C, R, R)
         eps.append(torch.randn(x[-1].shape, generator=generator, device=device))
-        jitter.append(torch.rand(size, generator=generator, device=device))
+        jitter.append(torch.rand(size, generator=generator, device=device))    # (size,)
         keep.append(torch.rand(size, generator=generator, device=device) >= config.caption_dropout)
     strata = torch.randperm(config.batch, generator=seeded(config.seed, step))[here].to(device)
-    t = flow.stratified_times(strata, config.batch, torch.cat(jitter), config.t_sampling)
+    t = flow.stratified_times(strata, config.batch, torch.cat(jitter), config.t_sampling)   # (B,)
+    # A caption without a real word is no caption: what guidance needs (Ho & Salimans 2022).
     return torch.cat(x), torch.cat(eps), t, text, text_mask & torch.cat(keep)[:, None]
 
 def batches(state, first, last):
-    """The training batches of these steps. Where the source says so, a thread draws ahead."""
+    """The training batches of the steps `first` to `last`.
+
+    Where the source says so, a thread draws the next one while the device computes. A batch is a
+    function of its step alone, so nothing depends on when it is drawn.
+    """
     def draw(step):
         return training_batch(state.data, state.config, step, state.rank, state.world, state.device)
 
@@ -214,9 +220,9 @@ def validation_batches(data, images, rank=0, world=1, first=None):
         index = torch.arange(start, min(start + VALIDATION_BATCH, images))
         raw, text, text_mask = data.batch("validation", index)
         generator = seeded(VALIDATION_SEED, images, start)
-        x = data.to_x(raw, generator)
+        x = data.to_x(raw, generator)                                                # (B, C, R, R)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
-        jitter = torch.rand(len(index), generator=generator)
+        jitter = torch.rand(len(index), generator=generator)                         # (B,)
         t = flow.stratified_times(strata[index], images, jitter).to(x.device)
         yield index, (x, eps, t, text, text_mask)
 
@@ -263,9 +269,11 @@ def steps_for(budget, model, config):
     return steps
 
 def run_name(model_config, seed):
+    """The folder of a run in a sweep: its size and seed, by which runs differ there."""
     return f"depth{model_config.depth:02d}_width{model_config.width:03d}_seed{seed}"
 
 def point_folder(out, budget):
+    """Where a run keeps what it measured at a budget."""
     return os.path.join(out, f"budget_{budget:.4g}")
 
 def definition_of(model_config, data_config, config, encoders):
@@ -395,7 +403,7 @@ class TrainState:
         self.model = DiT(model_config, **data.shape).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.gamma = ema_exponent(config.ema_width)
-        groups = self.model.parameter_groups(config.lr)
+        groups = self.model.parameter_groups(config.lr)    # with a rate each: mup
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True,
                                            weight_decay=config.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -408,6 +416,7 @@ class TrainState:
         self.loss = torch.zeros((), device=self.device)    # of the last step
         self.smooth = self.loss                            # averaged exponentially: the paper's
         self.words = torch.zeros((), dtype=torch.long, device=self.device)   # real ones seen
+        # The counters. Seconds are of training alone: validation and checkpoints stop the clock.
         self.step = 0
         self.seconds = self.evaluation_seconds = 0.0
         self.start_loss = self.start_loss_expected = None
@@ -486,6 +495,7 @@ def compute_gradients(state, batch):
     return loss
 
 def sum_over_devices(state, tensor):
+    """In place, and the same on every device afterwards."""
     if state.world > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -496,6 +506,7 @@ def train_step(state, batch):
     Nothing is fetched from the device here, but once after the first step.
     """
     step = state.step + 1
+    # Linear warm-up, then constant: only so a run to a small budget begins all larger ones.
     for group, rate in zip(state.optimizer.param_groups, state.rates):
         group["lr"] = rate * min(1.0, step / state.config.warmup)
     loss = compute_gradients(state, batch)
@@ -506,6 +517,7 @@ def train_step(state, batch):
     with torch.no_grad():
         share = 1 - (1 - 1 / step) ** (state.gamma + 1)
         torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), share)
+    # Counters and losses, of all devices. `smooth` is the paper's training loss.
     state.loss = sum_over_devices(state, loss) / state.world
     state.smooth = state.loss if step == 1 else 0.9 * state.smooth + 0.1 * state.loss
     state.words = state.words + sum_over_devices(state, batch[4].sum())
@@ -601,18 +613,22 @@ def make_record(state, budget, losses):
     there = data.train_images   # None: endless
     rate, mfu = state.speed()
     return {
+        # What was trained, ...
         "schema": SCHEMA, "arch": model.config.arch, "depth": model.config.depth,
         "width": model.config.width, "head_dim": model.config.head_dim,
         "parametrization": model.config.parametrization, "lr": config.lr, "seed": config.seed,
         **{f"N_{group}": count for group, count in model.count_parameters().items()},
+        # ... with how much compute and data, ...
         "budget": budget, "count": config.count, "C": state.step * state.step_flops,
         "C_6nd": images * model.flops_per_image("6nd"), "D": sum(tokens.values()),
         **{f"D_{kind}": count for kind, count in tokens.items()},
         "D_text_real": state.words.item(), "images": images, "steps": state.step,
         "batch": config.batch, "epochs": images / there if there else None, "train_images": there,
         "images_repeated": max(0, images - there) if there else 0,
+        # ... how good it became, ...
         "train_loss": state.smooth.item(), "train_loss_plain": state.loss.item(), **losses,
         "start_loss": state.start_loss, "start_loss_expected": state.start_loss_expected,
+        # ... on which data, and on which machine at what speed.
         "data": data.config.data, "resolution": data.config.resolution,
         "captions": data.config.captions, **state.runtime, "precision": config.precision,
         "compile": config.compile, "drift": state.drift, "seconds": state.seconds,
@@ -653,6 +669,7 @@ def train(model_config, data_config, config):
     """
     state = TrainState(model_config, data_config, config)
     check_earlier_run(state.out, state.definition)
+    # Which points are wanted, and which of them are missing: {step: budget}.
     points = {steps_for(budget, state.model, config): budget for budget in config.budget}
     if len(points) < len(config.budget):
         raise ValueError("--budget: two of them are the same number of steps; take budgets "
@@ -663,7 +680,7 @@ def train(model_config, data_config, config):
         state.say(f"{state.out}: all budgets are done ({', '.join(f'{b:g}' for b in records)})")
         return list(records.values())
     state.load()
-    if state.step > min(points):
+    if state.step > min(points):   # a run goes forward only
         raise ValueError(f"--budget {points[min(points)]:g}: the checkpoint of {state.out} is at "
                          f"step {state.step}, behind it: delete checkpoint.pt to start over")
     last = max(points)
@@ -679,7 +696,7 @@ def train(model_config, data_config, config):
           tqdm(desc=os.path.basename(state.out), total=last, initial=state.step, unit="step",
                disable=state.rank > 0, smoothing=0.05,
                mininterval=1 if sys.stderr.isatty() else 30) as bar):
-        state.clock = state.saved_at = time.monotonic()
+        state.clock = state.saved_at = time.monotonic()   # the first second of training
         if state.step in points:   # killed between its checkpoint and its record
             records[points[state.step]] = finish_point(state, points[state.step])
         for batch in batches(state, state.step + 1, last):
