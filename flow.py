@@ -96,7 +96,9 @@ def sample(v, eps, text, text_mask, steps=16, solver="heun", guidance=1.0):
         x_t = x_t + (t_next - t) * slope
     return x_t
 
-VLB_RANGE = 2 ** -8, 1.0   # t0, t1: below half a level of 8-bit pixels there is only their noise
+# t0 and t1 of the bound. Levels of 8-bit pixels are 1/128 apart: below t0 = 2^-8, half of that, an
+# image differs from its noised version by less than the uniform noise inside a level.
+VLB_RANGE = 2 ** -8, 1.0
 
 def sum_dims(values):
     """(B, ...) -> (B,): the sum over all but the batch, in float64."""
@@ -124,7 +126,7 @@ def slope_and_divergence(v, x_t, t, text, text_mask, probes, generator):
     return slope.detach(), divergence / (probes or 1)
 
 def variance_of_probes(steps):
-    """Of the integral by Heun's method of a divergence that is an estimate of probes, (B,).
+    """The variance that the probes add to Heun's integral of the divergence, (B,).
 
     steps: [(width, divergence (B,) at its start, at its end), ...]. Two evaluations meet at each
     inner time, at states O(h^2) apart: half the square of their difference is the variance of one.

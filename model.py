@@ -104,7 +104,8 @@ class HeadNorm(nn.RMSNorm):
     roles = {"weight": "vector"}
 
     def forward(self, heads):
-        # A CPU wants one dtype, or warns of its slow path. A GPU's autocast takes float32.
+        # torch on a CPU warns of a slow path where weight and heads differ in dtype. On a GPU
+        # autocast computes this norm in float32, whatever the heads are.
         weight = self.weight.type_as(heads) if heads.device.type == "cpu" else self.weight
         return F.rms_norm(heads, self.normalized_shape, weight, self.eps).type_as(heads)
 
@@ -131,7 +132,10 @@ class MLP(nn.Sequential):
         self.fc_out = Linear(4 * width, width, role="branch")
 
 def attend(q, k, v, mask=None):
-    """Attention of heads (B, H, their tokens, head_dim) -> (B, tokens of q, W). mask: keys seen."""
+    """Attention of heads (B, H, tokens, head_dim) -> (B, tokens of q, W).
+
+    mask: True where a key may be attended to, of a shape that broadcasts to (B, H, T, T).
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # By hand: torch's own attention on a CPU has no bfloat16 products, and takes twice as long.
         # Autocast would copy the scores to float32 and back; the softmax sums in float32 anyway.
@@ -215,9 +219,8 @@ class Stream(nn.Module):
         self.mlp = MLP(config.width)
         self.modulation = Modulation(config.width, 2 if last_text else 6)
         if last_text:
-            # Nothing reads the text after the last attention (as in SD3, which computes the queries
-            # too and leaves them). What is dropped was made all the same: that draws random
-            # numbers, and a seed must go on giving the same weights.
+            # Nothing reads the text after the last attention, as in SD3. The layers are made and
+            # dropped, because making them draws random numbers: old seeds give old weights.
             self.attention.out = self.mlp = None
 
     def heads(self, tokens, modulation):
@@ -310,8 +313,9 @@ class Transformer(nn.Module):
                              f"this model takes (B, {S}, {self.text_dim}) and (B, {S})")
         image = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
         image = self.patch_in(image) + self.image_positions                  # (B, T, W)
+        # Steps from 0 to 1,000 as in DiT, which the frequencies of the sines are made for.
         time = self.time_in(sincos(1000 * t, TIME_FEATURES).type_as(x_t))    # (B, W)
-        text = text.where(text_mask[..., None], 0)
+        text = text.where(text_mask[..., None], 0)   # MMDiT takes the mean of the real words
         v = self.head(self.transform(image, time, text, text_mask))          # (B, T, p*p*channels)
         return rearrange(v, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=self.size // p)
 
@@ -326,7 +330,7 @@ class Transformer(nn.Module):
         the attention is for heads that grow; here they keep head_dim and grow in number, so nothing
         is to be changed.
         """
-        roles = list(self.parameter_roles())
+        roles = list(self.parameter_roles())   # raises ValueError for a parameter without one
         if self.config.parametrization == "sp":
             return [{"params": list(self.parameters()), "lr": lr}]
         hidden = [parameter for parameter, role in roles if role in HIDDEN_ROLES]
@@ -337,8 +341,8 @@ class Transformer(nn.Module):
     def count_parameters(self):
         """N by group: blocks, embedding, head, total. The law is of the blocks by default.
 
-        The one modulation of cross, which its blocks share, is a part of what embeds the time, as
-        in PixArt's own count. Raises ValueError for a module that is in no group.
+        The one modulation of cross, which its blocks share, is counted as embedding, as in PixArt's
+        own count. Raises ValueError for a module that is in no group.
         """
         N = {"blocks": 0, "embedding": 0, "head": 0, "total": 0}
         for name, parameter in self.named_parameters():

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import train
 from data import (DataConfig, check_flags, errors_in_one_line, flag, input_shape, load_data,
                   parse_flags, read_stats)
-from fit import WINDOW
+from fit import PEAK, WINDOW
 from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family
 
 # The expected law N*(C) = coefficient * C^exponent. It only leaves out sizes that are of no use at
@@ -41,11 +41,12 @@ from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family
 EXPECTED_OPTIMUM = {"paper": (0.0009, 0.5681), "quick": (0.029, 0.512)}
 BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18],
            "quick": [6.4e10, 1.28e11, 2.56e11, 5.12e11, 1.024e12, 2.048e12]}
-TRAINED = 1.625 * WINDOW        # sizes within this factor of the expected optimum are trained
+TRAINED = 1.625 * WINDOW        # 6.5: sizes within this factor of the expected optimum are trained
 SEED_REPEATS = {(2, 40): [1]}   # the quick grid repeats its middle size, to measure seed noise
 # Not for --vary: what a sweep sets for each run itself, and what changes no law.
 NOT_VARIED = ("depth", "width", "budget", "seed", "out", "preset", "device", "threads")
-H100_FLOPS = 989e12 * 0.4       # a grid that can't be timed is stated in H100-hours at 40% MFU
+H100_FLOPS = 0.4e12 * PEAK["H100"]   # what can't be timed is stated in H100-hours at 40% MFU
+FAR = "far from the expected optimum (--window)"   # why most cells are left out
 HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
@@ -75,13 +76,16 @@ class SweepConfig:
             raise ValueError(f"--depth has {len(self.depth)} numbers and --width "
                              f"{len(self.width)}: give one depth, or one for each width")
 
+    def folder(self):
+        return self.out or f"results/my-{self.preset}"
+
 @dataclass
 class Run:
     """One train.py: its command line, and what it costs."""
     name: str
     folder: str
     arguments: list        # the flags of train.py
-    configs: tuple         # what they mean: ModelConfig, DataConfig, TrainConfig
+    configs: list          # what they mean: ModelConfig, DataConfig, TrainConfig
     N: int                 # parameters in the blocks
     steps: dict            # {budget: steps}, rising
     step_flops: float      # in the exact count, which is what takes time
@@ -167,7 +171,7 @@ def useful_steps(sweep, configs, model, shape):
     steps, left_out = {}, {}
     for budget in config.budget:
         if not 1 / window <= size / (coefficient * budget ** exponent) <= window:
-            left_out[budget] = "far from the expected optimum (--window)"
+            left_out[budget] = FAR
             continue
         try:
             steps[budget] = train.steps_for(budget, model, config)
@@ -203,7 +207,7 @@ def plan(sweep, flags):
         if not steps:
             continue
         name = train.run_name(configs[0], seed)
-        folder = os.path.join(sweep.out or f"results/my-{sweep.preset}", name)
+        folder = os.path.join(sweep.folder(), name)
         if folder in [run.folder for run in runs]:
             raise ValueError(f"{name} is asked for twice (see --width, --depth, --seeds)")
         arguments += ["--budget", *map(repr, steps), "--out", folder]
@@ -280,8 +284,8 @@ def print_left_out(runs, left_out):
     lines = {}   # a size may stand there twice, with two seeds
     for depth, width, reasons in left_out:
         for budget, reason in reasons.items():
-            reason = reason if reason.startswith("far") else "too few steps"
-            lines.setdefault((depth, width, reason), {})[f"{budget:.3g}"] = None
+            short = reason if reason == FAR else "too few steps"
+            lines.setdefault((depth, width, short), {})[f"{budget:.3g}"] = None
     for (depth, width, reason), budgets in lines.items():
         print(f"left out: depth {depth}, width {width} at {', '.join(budgets)}: {reason}")
     for budget in sorted({budget for run in runs for budget in run.steps}):
@@ -352,9 +356,9 @@ def run_all(runs, jobs, threads):
     # A queue of GPU names, one for each job (None on a CPU): a run takes one and gives it back.
     gpus, running = SimpleQueue(), {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpu_count(runs))))
-    names = visible.split(",") if gpu_count(runs) else [None]
+    devices = visible.split(",") if gpu_count(runs) else [None]
     for job in range(jobs):
-        gpus.put(names[job % len(names)])
+        gpus.put(devices[job % len(devices)])
     total = sum(map(cost_of, runs))
     # A long run that starts last would leave the other jobs idle at the end.
     waiting = sorted(runs, key=cost_of, reverse=True)
@@ -385,7 +389,6 @@ def gpu_count(runs):
 
 def run_sweep(sweep, flags):
     """Plan, check, run and fit. -> exit status: that of fit.py, or 1 where a run failed."""
-    out = sweep.out or f"results/my-{sweep.preset}"
     runs, left_out = plan(sweep, flags)
     # On a cluster a process may have been given a part of the cores.
     schedulable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
@@ -404,7 +407,7 @@ def run_sweep(sweep, flags):
         print(estimate(todo, jobs, threads))
         return 0
     print_left_out(runs, left_out)
-    print(f"{out}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points; "
+    print(f"{sweep.folder()}: {len(runs)} runs, {sum(len(run.steps) for run in runs)} points; "
           f"{len(runs) - len(todo)} runs are done")
     failed = []
     if todo:
@@ -416,7 +419,7 @@ def run_sweep(sweep, flags):
         print(f"sweep.py: failed: {', '.join(run.name for run in failed)} (see output.txt in their "
               "folders); the same command tries them again. The law of the others:",
               file=sys.stderr)
-    status = call_fit(sweep, out)
+    status = call_fit(sweep, sweep.folder())
     return 1 if failed else status
 
 def varied(sweep, flags):

@@ -109,7 +109,10 @@ class TrainConfig:
 # ---- the device ----------------------------------------------------------------------------------
 
 def find_device(asked):
-    """-> torch.device, and its name. Raises ValueError where there is no such device."""
+    """-> torch.device, and its name. Raises ValueError where there is no such device.
+
+    A GPU also becomes the current one of this thread, which is where kernels start.
+    """
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here")
     if asked == "cpu" or not torch.cuda.is_available():
@@ -172,6 +175,8 @@ def training_batch(data, config, step, rank, world, device):
     No random number depends on the rank or on how often the run was resumed. Times are stratified
     over the whole global batch.
     """
+    # 16 images in 4 micro-batches, on 2 devices: the second has micro-batches 2 and 3, which are
+    # images 8 to 15 of the step.
     size = config.batch // config.micro_batches
     first = rank * config.micro_batches // world
     here = slice(first * size, first * size + config.batch // world)
@@ -184,8 +189,8 @@ def training_batch(data, config, step, rank, world, device):
         eps.append(torch.randn(x[-1].shape, generator=generator, device=device))
         jitter.append(torch.rand(size, generator=generator, device=device))    # (size,)
         keep.append(torch.rand(size, generator=generator, device=device) >= config.caption_dropout)
-    strata = torch.randperm(config.batch, generator=seeded(config.seed, step))[here].to(device)
-    t = flow.stratified_times(strata, config.batch, torch.cat(jitter), config.t_sampling)   # (B,)
+    stratum = torch.randperm(config.batch, generator=seeded(config.seed, step))[here].to(device)
+    t = flow.stratified_times(stratum, config.batch, torch.cat(jitter), config.t_sampling)   # (B,)
     # A caption without a real word is no caption: what guidance needs (Ho & Salimans 2022).
     return torch.cat(x), torch.cat(eps), t, text, text_mask & torch.cat(keep)[:, None]
 
@@ -205,7 +210,7 @@ def batches(state, first, last):
         coming = reader.submit(draw, first)
         for step in range(first, last + 1):
             batch = coming.result()
-            coming = reader.submit(draw, step + 1)
+            coming = reader.submit(draw, step + 1)   # of the last step for nothing
             yield batch
 
 def validation_batches(data, images, rank=0, world=1, first=None):
@@ -215,7 +220,7 @@ def validation_batches(data, images, rank=0, world=1, first=None):
     run's seed nor the devices, so it is the same for every run of a sweep. Times are one in each of
     `images` slices of the logit-normal, whatever the times in training are.
     """
-    strata = torch.randperm(images, generator=seeded(VALIDATION_SEED, images))
+    stratum = torch.randperm(images, generator=seeded(VALIDATION_SEED, images))
     for start in range(rank * VALIDATION_BATCH, first or images, world * VALIDATION_BATCH):
         index = torch.arange(start, min(start + VALIDATION_BATCH, images))
         raw, text, text_mask = data.batch("validation", index)
@@ -223,13 +228,13 @@ def validation_batches(data, images, rank=0, world=1, first=None):
         x = data.to_x(raw, generator)                                                # (B, C, R, R)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
         jitter = torch.rand(len(index), generator=generator)                         # (B,)
-        t = flow.stratified_times(strata[index], images, jitter).to(x.device)
+        t = flow.stratified_times(stratum[index], images, jitter).to(x.device)
         yield index, (x, eps, t, text, text_mask)
 
 def validation_losses(model, data, n, precision, rank=0, world=1, first=None):
     """Loss and time of each of n validation images, (n,) float32 on the CPU, whole on every rank.
 
-    first: only so many of them (the end of a batch).
+    first: only so many of them, a multiple of VALIDATION_BATCH.
     """
     both = torch.zeros(2, n)
     for index, batch in validation_batches(data, n, rank, world, first):
@@ -330,17 +335,20 @@ def open_log(path, step):
     however this process ends.
     """
     log = open(path, "a+")
-    if fcntl and path != os.devnull:
-        try:
+    if path == os.devnull:   # of all ranks but the first
+        return log
+    try:
+        if fcntl:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.close()
-            raise ValueError(f"{path}: another process is training in this folder") from None
-        log.seek(end := 0)
-        with contextlib.suppress(json.JSONDecodeError):   # of the line that a kill tore
-            while (line := log.readline()) and json.loads(line)["step"] <= step:
-                end = log.tell()
-        log.truncate(end)
+    except OSError:
+        log.close()
+        raise ValueError(f"{path}: another process is training in this folder") from None
+    end = 0   # of the lines to be kept, in bytes
+    log.seek(0)
+    with contextlib.suppress(json.JSONDecodeError):   # of the line that a kill tore
+        while (line := log.readline()) and json.loads(line)["step"] <= step:
+            end = log.tell()
+    log.truncate(end)
     return log
 
 # ---- the state of a run --------------------------------------------------------------------------
@@ -383,16 +391,16 @@ class TrainState:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.data = data = load_data(data_config, config.seed, self.device)
-        there = data.train_images or math.inf   # None: endless
-        if there < config.batch:
-            raise ValueError(f"--batch {config.batch}: {data_config.data} has only {there} images "
-                             "to train on")
-        there = data.validation_images or math.inf
-        if (config.val_images or 0) > there:
+        if data.train_images is not None and data.train_images < config.batch:
+            raise ValueError(f"--batch {config.batch}: {data_config.data} has only "
+                             f"{data.train_images} images to train on")
+        most = data.validation_images or math.inf   # None: endless
+        if (config.val_images or 0) > most:
             raise ValueError(f"--val_images {config.val_images}: {data_config.data} has only "
-                             f"{there} for validation")
+                             f"{most} for validation")
+        # Of val_images the definition has what was asked for: so it does not depend on the data.
         self.definition = definition_of(model_config, data_config, config, data.encoders)
-        val_images = config.val_images or min(VALIDATION_IMAGES, there)
+        val_images = config.val_images or min(VALIDATION_IMAGES, most)
         self.config = config = replace(config, val_images=val_images)
         # On these the last bits of the results depend.
         self.runtime = {"device": name, "devices": self.world, "threads": config.threads,
@@ -414,8 +422,8 @@ class TrainState:
         if self.world > 1:
             self.network = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         self.loss = torch.zeros((), device=self.device)    # of the last step
-        self.smooth = self.loss                            # averaged exponentially: the paper's
-        self.words = torch.zeros((), dtype=torch.long, device=self.device)   # real ones seen
+        self.smooth = self.loss                            # averaged: the paper's training loss
+        self.words = torch.zeros((), dtype=torch.long, device=self.device)   # of captions, seen
         # The counters. Seconds are of training alone: validation and checkpoints stop the clock.
         self.step = 0
         self.seconds = self.evaluation_seconds = 0.0
@@ -469,6 +477,7 @@ class TrainState:
             raise ValueError(f"{path}: torn, or not a checkpoint of isoflow ({one_line(error)}): "
                              "delete it to start this run over") from None
         self.say(f"{self.out}: resumed at step {self.step}")
+        # Checkpoints of the first edition do not say where they were made.
         if differs := differences(saved.get("runtime", self.runtime), self.runtime):
             self.drift = [*self.drift, f"step {self.step}: {'; '.join(differs)}"]
             self.say(f"WARNING: resumed elsewhere ({'; '.join(differs)}): last bits may differ")
@@ -503,8 +512,9 @@ def sum_over_devices(state, tensor):
 def train_step(state, batch):
     """One step of AdamW and of the average. -> the norm of the gradient, a tensor on the device.
 
-    Nothing is fetched from the device here, but once after the first step.
+    batch: of training_batch. Nothing is fetched from the device here, but for the first step.
     """
+    x, *_, text_mask = batch
     step = state.step + 1
     # Linear warm-up, then constant: only so a run to a small budget begins all larger ones.
     for group, rate in zip(state.optimizer.param_groups, state.rates):
@@ -520,13 +530,11 @@ def train_step(state, batch):
     # Counters and losses, of all devices. `smooth` is the paper's training loss.
     state.loss = sum_over_devices(state, loss) / state.world
     state.smooth = state.loss if step == 1 else 0.9 * state.smooth + 0.1 * state.loss
-    state.words = state.words + sum_over_devices(state, batch[4].sum())
-    state.step = step
+    state.words = state.words + sum_over_devices(state, text_mask.sum())
     if step == 1:
-        expected = sum_over_devices(state, flow.expected_start_loss(batch[0])) / state.world
+        expected = sum_over_devices(state, flow.expected_start_loss(x)) / state.world
         state.start_loss, state.start_loss_expected = state.loss.item(), expected.item()
-        state.say(f"loss at start {state.start_loss:.4f}; "
-                  f"expected 1 + E[x^2] = {state.start_loss_expected:.4f}")
+    state.step = step
     return norm
 
 def log_step(state, norm, bar, log):
@@ -534,6 +542,9 @@ def log_step(state, norm, bar, log):
 
     A loss that is not finite stays so in its average, so none is missed between two calls.
     """
+    if state.step == 1:
+        state.say(f"loss at start {state.start_loss:.4f}; "
+                  f"expected 1 + E[x^2] = {state.start_loss_expected:.4f}")
     smooth, gradient = state.smooth.item(), norm.item()
     if not (math.isfinite(smooth) and math.isfinite(gradient)):
         state.stop("the loss or its gradient is not finite")
@@ -579,7 +590,7 @@ def evaluate_point(state, budget):
     part = min(n, max(1, n // RAW_SHARE // VALIDATION_BATCH) * VALIDATION_BATCH)
     raw, _ = validation_losses(state.model, state.data, n, *share, first=part)
     gap, gap_error = flow.mean_and_standard_error(raw - losses[:part])
-    if not math.isfinite(mean + gap):
+    if not (math.isfinite(mean) and math.isfinite(gap)):
         state.stop("the validation loss is not finite")
     if state.rank == 0:
         folder = point_folder(state.out, budget)
@@ -702,7 +713,7 @@ def train(model_config, data_config, config):
         for batch in batches(state, state.step + 1, last):
             norm = train_step(state, batch)
             bar.update()
-            if state.step % LOG_STEPS == 0 or state.step in points:
+            if state.step == 1 or state.step % LOG_STEPS == 0 or state.step in points:
                 log_step(state, norm, bar, log)
             if state.step in points:
                 records[points[state.step]] = finish_point(state, points[state.step])
