@@ -17,8 +17,12 @@ The method, in the order of this file (law_of is its centre):
        that these laws give to a question.
     7. What follows: backtest, plan, comparison; then the page and the pictures.
 
+Nearly everything is done in logarithms. A power law is a straight line there, and an error of 1% is
+the same size for a loss of 0.1 and for an N* of 1e9.
+
     N  parameters (of the blocks, unless --n total)    D  tokens seen in training: image, text, time
     C  training FLOPs                                  L  the loss that --metric names
+    *  at the optimum for a budget, as in N*, the best model for C
 Errors are one line on stderr. Exit status: 0 a law, 2 bad input, 3 a refusal.
 """
 import argparse
@@ -28,8 +32,10 @@ import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +45,13 @@ from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats is
 from tqdm import tqdm
 
 # The window of a parabola: sizes within a factor WINDOW of the lowest, at least the NEAREST ones.
+# Wider, a loss curve is no parabola and its vertex is biased. Narrower, noise moves the vertex.
 WINDOW, NEAREST = 4.0, 7
-HUBER = 1e-3  # where the Huber loss of the parametric form turns linear (Hoffmann et al. 2022)
-PAPER = {"N": (0.0009, 0.5681), "D": (186.8535, 0.4319), "loss": (2.3943, -0.0273)}  # y = k C^p
+# Where the Huber loss turns linear, in ln loss: runs that are off by more count less (Hoffmann et
+# al. 2022, arXiv 2203.15556, appendix D.3).
+HUBER = 1e-3
+# The paper's laws (arXiv 2410.08184), as k and p of k C^p.
+PAPER = {"N": (0.0009, 0.5681), "D": (186.8535, 0.4319), "loss": (2.3943, -0.0273)}
 # The paper's tokens an image (256 image, 77 text, 1 time: our reading), batch and width / depth.
 PAPER_TOKENS, PAPER_BATCH, PAPER_ASPECT = 256 + 77 + 1, 1024, 64
 # Peak dense bf16 TFLOP/s of one device, from the makers' data sheets (V100 and T4: fp16). A longer
@@ -58,45 +68,44 @@ class Refused(Exception):
 
 # ---- 1. the points -----------------------------------------------------------------------------
 
-ONE = ("count", "arch", "data", "resolution", "captions", "train_images")  # the same in all records
-RECORD = ("arch", "depth", "width", "seed", "N_blocks", "N_total", "budget", "count", "C", "C_6nd",
-          "D", "data", "resolution", "captions")  # what a record must have, beside the metric
+# What must be the same in all records of one law: otherwise it would mix several laws.
+ONE = ("count", "arch", "data", "resolution", "captions", "train_images")
 
-def read(paths):
-    """Records (a list of dicts) from results directories, or from CSV files. Raises BadInput."""
+def read(paths, with_metrics=True):
+    """Records (a list of dicts) from results directories, or from CSV files. Raises BadInput.
+
+    Each has a "source" (for messages) and numbers under the names that train.py or the CSV has.
+    """
     records = []
     for path in map(Path, paths):
         if not path.exists():
             raise BadInput(f"{path}: no such file or directory")
-        found = read_results(path) if path.is_dir() else read_csv(path)
+        found = read_results(path, with_metrics) if path.is_dir() else read_csv(path)
         if not found:
             what = "*/budget_*/result.json" if path.is_dir() else "row"
             raise BadInput(f"{path}: no {what} in it")
         records += found
+    # A CSV has one N and one C, and does not say how they were counted.
     if len({"N" in record for record in records}) > 1:
-        raise BadInput("a CSV file and a results directory cannot be fitted together: they count "
-                       "differently")
+        raise BadInput("a CSV file and a results directory cannot be fitted together")
     return records
 
-def read_results(folder):
+def read_results(folder, with_metrics):
     """The records of a sweep's points, each with its `metrics`, {"METRIC on DATA": value}."""
     records = []
     for file in sorted(folder.glob("*/budget_*/result.json")):
         record = read_json(file)
-        missing = [key for key in RECORD if key not in record]
-        if missing:
-            raise BadInput(f"{file}: the record lacks {', '.join(missing)}")
         record |= {"source": str(file), "run": str(file.parent.parent), "metrics": {}}
         record["conditions"] = {key: record[key] for key in ONE if key in record}
-        if record["count"] == "6nd":
-            record["C"] = record["C_6nd"]
-        for metrics_file in sorted(file.parent.glob("metrics_*.json")):
+        if record.get("count") == "6nd":  # then the budgets were of 6ND too
+            record["C"] = record.get("C_6nd")
+        for metrics_file in sorted(file.parent.glob("metrics_*.json")) if with_metrics else ():
             add_metrics(record, metrics_file)
         records.append(record)
     return records
 
 def read_json(file):
-    """The content of a file that train.py or evaluate.py wrote. Raises BadInput."""
+    """The content (a dict) of a file that train.py or evaluate.py wrote. Raises BadInput."""
     try:
         content = json.loads(file.read_text())
     except ValueError:
@@ -106,7 +115,10 @@ def read_json(file):
     return content
 
 def add_metrics(record, file):
-    """The metrics of a file, and how they were measured: one law needs one way."""
+    """The metrics of a file into the record, and how they were measured into its conditions.
+
+    One law needs one way to measure: the FD of 1,000 images is not that of 10,000.
+    """
     content = read_json(file)
     try:
         for name, measured in content["metrics"].items():
@@ -121,7 +133,10 @@ def add_metrics(record, file):
         raise BadInput(f"{file}: torn, or not a metrics file of schema 1")
 
 def read_csv(file):
-    """Rows with columns N, D, C, loss and perhaps budget, run, run_id, seed."""
+    """Rows with columns N, D, C, loss and perhaps budget, run, run_id, seed. Raises BadInput.
+
+    Any units will do, because only logarithms and ratios are used.
+    """
     # utf-8-sig: Excel writes a mark first. A binary file has no such columns, and is refused.
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
         rows = csv.DictReader(stream)
@@ -147,7 +162,10 @@ def read_csv(file):
 
 @dataclass(frozen=True)
 class Points:
-    """What law_of fits: arrays (n,), an element for each run and budget."""
+    """What law_of fits: arrays (n,), an element for each run and budget.
+
+    A resample is a Points too, so that nothing in the method knows of the bootstrap.
+    """
     N: np.ndarray        # parameters
     D: np.ndarray        # tokens
     C: np.ndarray        # FLOPs as counted, near the budget
@@ -174,18 +192,20 @@ class Points:
 def points_of(records, metric="val_loss_ema", n_kind="blocks"):
     """Records -> Points. Raises BadInput or Refused, naming the source.
 
-    Repeated seeds stay separate points: least squares then weighs a size by its number of runs.
+    metric: the record's key of the loss; n_kind: "blocks" or "total". Repeated seeds stay separate
+    points: least squares then weighs a size by its number of runs.
     """
     given = "N" in records[0]  # in a CSV file, which has one N and one loss
     columns = {"N": "N" if given else f"N_{n_kind}", "D": "D", "C": "C",
                "loss": "loss" if given else metric}
-    check(records, columns, metric)
+    check(records, columns)
     records = without_repetitions(records, columns)
     if len(records) < 4:
         raise Refused(f"fewer than 4 points ({len(records)}): no parabola and no law")
     arrays = {key: np.array([float(record[column]) for record in records])
               for key, column in columns.items()}
     budget = budget_index(records)
+    # A run stops at the step nearest to its budget, so the counted C is the better abscissa.
     log_C = np.log(arrays["C"])  # (n,)
     budgets = np.array([np.exp(log_C[budget == b].mean()) for b in range(budget.max() + 1)])
     # Where nothing names the runs, the same N at several budgets may be one run or several.
@@ -196,31 +216,35 @@ def points_of(records, metric="val_loss_ema", n_kind="blocks"):
     metrics = {}
     for label in sorted({label for record in records for label in record.get("metrics", {})}):
         values = np.array([record["metrics"].get(label, math.nan) for record in records])
-        if not (values <= 0).any():  # such a one has no power law
+        if not (values <= 0).any():  # an estimate of KID may be negative; no power law is
             metrics[label] = values
     return Points(**arrays, budget=budget, run=np.unique(runs, return_inverse=True)[1],
                   budgets=budgets, metrics=metrics, records=records,
                   nested=shared if named else None)
 
-def check(records, columns, metric):
+def check(records, columns):
     """Raises BadInput for records that do not belong together, Refused for impossible values."""
     conditions = {}
     for record in records:
-        if columns["loss"] not in record:
-            raise BadInput(f"--metric {metric}: {record['source']} has no such value")
+        source = record["source"]
+        missing = [key for key in columns.values() if key not in record]
+        if missing:
+            raise BadInput(f"{source}: the record lacks {', '.join(missing)} (see --metric)")
         for key in (*columns.values(), "budget"):
             value = record.get(key, 1)  # a CSV may have no budget
             if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise Refused(f"{record['source']}: {key} is {value}; a law needs positive finite "
-                              "values")
+                raise Refused(f"{source}: {key} is {value}; a law needs positive finite values")
         for key, value in record.get("conditions", {}).items():
-            first, source = conditions.setdefault(key, (value, record["source"]))
+            first, where = conditions.setdefault(key, (value, source))
             if value != first:
-                raise BadInput(f"one law needs one {key}: it is {first} in {source} and {value} in "
-                               f"{record['source']}")
+                raise BadInput(f"one law needs one {key}: it is {first} in {where} and {value} in "
+                               f"{source}")
 
 def without_repetitions(records, columns):
-    """The records, exact repetitions once. Refused where repetitions differ in their loss."""
+    """The records, exact repetitions once. Refused where repetitions differ in their loss.
+
+    A file given twice must not count twice. But of two losses nobody knows which is right.
+    """
     first = {}
     for record in records:
         key = [record.get(k) for k in (columns["N"], "C", "seed", "depth", "width")]
@@ -228,11 +252,15 @@ def without_repetitions(records, columns):
         other = first.setdefault(tuple(key), record)
         if other[columns["loss"]] != record[columns["loss"]]:
             raise Refused(f"{other['source']} and {record['source']} are duplicates with different "
-                          "losses: the same N and C, no seed to tell them apart")
+                          "losses and no seed to tell them apart")
     return list(first.values())
 
 def budget_index(records):
-    """(n,) index of each record's budget: its nominal one, or without that C within 10%."""
+    """(n,) index of each record's budget: its nominal one, or without that C within 10%.
+
+    Within 10% of the smallest of the group, not of its neighbour: else a file of many runs at
+    gliding C would become one budget.
+    """
     named = all("budget" in record for record in records)
     nominal = np.array([float(record["budget" if named else "C"]) for record in records])
     index, group, smallest = np.zeros(len(records), int), -1, 0.0
@@ -246,7 +274,11 @@ def budget_index(records):
 
 @dataclass(frozen=True)
 class Vertex:
-    """The lowest point of a budget's parabola ln loss = ln loss* + curvature (ln N - ln N*)^2."""
+    """The lowest point of a budget's parabola ln loss = ln loss* + curvature (ln N - ln N*)^2.
+
+    With C = 6ND fixed, a model that is smaller than N* learns too little from many tokens, a larger
+    one sees too few (the IsoFLOP approach of Hoffmann et al. 2022).
+    """
     C: float
     window: np.ndarray     # indices of the points that it goes through
     reason: str = None     # why there is none; None: there is one
@@ -258,33 +290,39 @@ class Vertex:
         return self.values.get(name, math.nan)
 
 def window_of(points, b):
-    """Indices of the points of budget b near its lowest loss. Seeds of a size count together."""
+    """Indices of the points of budget b near its lowest loss. Seeds of a size count together.
+
+    It counts sizes and not points (seeds): a parabola needs sizes, whatever the number of seeds.
+    """
     here = np.flatnonzero(points.budget == b)
     if not len(here):
         return here
     sizes, size = np.unique(np.log(points.N[here]), return_inverse=True)
     mean_loss = np.bincount(size, np.log(points.loss[here])) / np.bincount(size)
     distance = np.abs(sizes - sizes[mean_loss.argmin()])
+    # In a grid with few sizes a factor 4 holds three or four: too few to see any noise.
     nearest = np.sort(distance)[:NEAREST].max()
     return here[(distance <= max(nearest, math.log(WINDOW)) + 1e-9)[size]]
 
 def parabola(points, b, window=None, degree=2):
     """The Vertex of budget b: least squares of ln loss in ln N over the window.
 
-    D and the metrics are read there from parabolas of their own; D is not computed as C/6N. Every
-    FD gets its own optimum too, "N* of" it.
+    window: indices, other than window_of's; degree: 2, or 3 for a second opinion. D and the metrics
+    are read at N* from parabolas of their own. D is not computed as C/6N: attention, which 6ND
+    leaves out, makes C/ND fall with N. Every FD gets its own optimum too, "N* of" it.
     """
     window = window_of(points, b) if window is None else window
     no_vertex = partial(Vertex, float(points.budgets[b]), window)
     log_N = np.log(points.N[window])
     sizes = np.unique(log_N)
-    if len(sizes) < 4:
+    if len(sizes) < 4:  # three sizes fit any parabola exactly
         return no_vertex(f"fewer than 4 sizes ({len(sizes)})")
     bowl = Polynomial.fit(log_N, np.log(points.loss[window]), degree)
     minima = [x.real for x in bowl.deriv().roots() if x.imag == 0 and bowl.deriv(2)(x.real) > 0]
     if not minima:
         return no_vertex("concave parabola: no minimum")
     best = minima[0]
+    # A vertex outside of the sizes was not measured: it is what the parabola's form invents.
     if not sizes[0] < best < sizes[-1]:
         end = "smallest" if best <= sizes[0] else "largest"
         return no_vertex(f"no interior minimum: it still falls at the {end} model")
@@ -305,8 +343,12 @@ def parabola_of_metric(points, b, name):
     return parabola(replace(measured, loss=measured.metrics[name], metrics={}), b)
 
 def points_in_windows(folder):
-    """Paths of the result.json whose points the parabolas use. Raises BadInput or Refused."""
-    points = points_of(read([folder]))
+    """Paths of the result.json whose points the parabolas use. Raises BadInput or Refused.
+
+    evaluate.py asks which points are worth the time. So metrics are not read: those of an
+    evaluation that is half done may have been measured in several ways.
+    """
+    points = points_of(read([folder], with_metrics=False))
     windows = [window_of(points, b) for b in range(len(points.budgets))]
     return [points.records[i]["source"] for i in sorted(np.concatenate(windows))]
 
@@ -314,9 +356,13 @@ def points_in_windows(folder):
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """value = floor + level (C / middle)^exponent: with no floor a straight line in log-log."""
-    middle: float = math.nan    # the geometric mean of the budgets: there level and exponent
-    level: float = math.nan     # are independent, which they are not at C = 1
+    """value = floor + level (C / middle)^exponent: with no floor a straight line in log-log.
+
+    Errors of level and exponent are independent at the middle. At C = 1, many decades away, the
+    coefficient would only repeat the error of the exponent.
+    """
+    middle: float = math.nan    # the geometric mean of the budgets, FLOPs
+    level: float = math.nan
     exponent: float = math.nan
     floor: float = 0.0          # L_inf
 
@@ -334,11 +380,15 @@ class PowerLaw:
         """That of value = floor + coefficient C^exponent."""
         return float(self.level * np.float_power(self.middle, -self.exponent))
 
-# What a law does not have is nan: so every question can be put to every resample's law.
+# What a law does not have is nan. So every question can be put to every resample's law, and only
+# interval() must know that some have no answer.
 NO_LAW = PowerLaw()
 
 def line(x, y):
-    """Least squares y = level + slope (x - mean x), unweighted as the paper's. -> level, slope."""
+    """Least squares y = level + slope (x - mean x) of arrays (k,), unweighted. -> level, slope.
+
+    Weights would follow the noise of a vertex, but budgets scatter for other reasons too.
+    """
     away = x - x.mean()
     return y.mean(), (away @ y) / (away @ away)
 
@@ -348,7 +398,7 @@ def curve(vertices, name):
     return np.array(found).reshape(-1, 2).T
 
 def power_law(vertices, name):
-    """The straight line in log-log. NO_LAW with fewer than 3 budgets."""
+    """The straight line in log-log through the vertices' values. NO_LAW with under 3 budgets."""
     C, values = curve(vertices, name)
     if len(C) < 3:
         return NO_LAW
@@ -358,8 +408,9 @@ def power_law(vertices, name):
 def floor_law(vertices, name):
     """L_inf + K (C / middle)^-g by least squares of relative errors. NO_LAW with under 4 budgets.
 
-    For a given g it is linear in L_inf and K, which may not be negative (nnls). So only g is
-    searched (variable projection), which needs no start and cannot diverge.
+    Relative, because the noise of a loss is about proportional to it. For a given g the law is
+    linear in L_inf and K, which may not be negative (nnls). So only g is searched (variable
+    projection, Golub and Pereyra 1973), which needs no start and cannot diverge.
     """
     C, values = curve(vertices, name)
     if len(C) < 4:
@@ -373,6 +424,7 @@ def floor_law(vertices, name):
     def misfit(log_g):
         return project(log_g)[1] ** 2
 
+    # A coarse grid first: with noise the misfit may have more than one minimum.
     grid = np.linspace(math.log(0.002), math.log(5), 9)
     start, step = min(grid, key=misfit), grid[1] - grid[0]
     log_g = minimize_scalar(misfit, bounds=(start - step, start + step), method="bounded",
@@ -384,7 +436,11 @@ def floor_law(vertices, name):
 
 @dataclass(frozen=True)
 class Form:
-    """L = E + A N^-alpha + B D^-beta, on C = kappa N D; nan where it is refused."""
+    """L = E + A N^-alpha + B D^-beta, on C = kappa N D; nan where it is refused.
+
+    Approach 3 of Hoffmann et al. 2022. It uses all points, so it works without an IsoFLOP grid; in
+    return it believes that the loss has this form.
+    """
     E: float = math.nan              # the loss of an infinite model and data set
     A: float = math.nan
     B: float = math.nan
@@ -407,7 +463,7 @@ class Form:
         return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
 
     def optimum(self, C):
-        """N and D of the lowest loss on C = kappa N D: N = G (C / kappa)^a."""
+        """N and D of the lowest loss on C = kappa N D: N = G (C / kappa)^a, their equation 4."""
         ratio = self.alpha * self.A / (self.beta * self.B)
         N = ratio ** (1 / (self.alpha + self.beta)) * (C / self.kappa) ** self.a
         return N, C / self.kappa / N
@@ -416,7 +472,9 @@ def descend(points, start, step=0):
     """The Form with the lowest SUM of Huber losses of ln L, from a start (a Form) and a step (5,).
 
     theta = ln E, ln A', ln B', ln alpha, ln beta, where A' and B' are the terms' sizes at the mean
-    ln N and ln D: with centred logs level and exponent hardly correlate.
+    ln N and ln D. With centred logs level and exponent hardly correlate, so that the optimiser sees
+    no long curved valley. Logarithms keep all five constants positive. The sum and not the mean: a
+    mean makes gradients so small that optimisers stop early (Besiroglu et al. 2024).
     """
     y, log_N, log_D = np.log(points.loss), np.log(points.N), np.log(points.D)
     N0, D0 = np.exp(log_N.mean()), np.exp(log_D.mean())
@@ -431,8 +489,9 @@ def descend(points, start, step=0):
 
     def jacobian(theta):
         terms = log_terms(theta)
-        E, A, B = np.exp(terms - np.logaddexp.reduce(terms))  # the share of each term
-        return np.stack([E, A, B, -np.exp(theta[3]) * n * A, -np.exp(theta[4]) * d * B], 1)
+        # d ln L / d ln of a term is the share of that term in L.
+        E, A, B = np.exp(terms - np.logaddexp.reduce(terms))  # (n,) each
+        return np.stack([E, A, B, -np.exp(theta[3]) * n * A, -np.exp(theta[4]) * d * B], 1)  # n, 5
 
     theta = step + np.log([start.E, start.A * N0**-start.alpha, start.B * D0**-start.beta,
                            start.alpha, start.beta])
@@ -446,7 +505,10 @@ def descend(points, start, step=0):
                     float(found.optimality))
 
 def projected_start(points):
-    """Variable projection: on a grid of (alpha, beta), where E, A and B are linear. -> Form."""
+    """Variable projection: on a grid of (alpha, beta), where E, A and B are linear. -> Form.
+
+    A start from the data themselves lies so near to the optimum that few others are needed.
+    """
     lowest, best = math.inf, None
     for alpha in np.geomspace(0.05, 2, 16):
         for beta in np.geomspace(0.05, 2, 16):
@@ -459,14 +521,17 @@ def projected_start(points):
     return best
 
 def parametric_form(points, starts=8):
-    """The best Form from the projected start and from others within 2 log-units; or why not."""
+    """The best Form from the projected start and from others within 2 log-units; or why not.
+
+    A number that the data do not fix looks like any other number. So each refusal is a case in
+    which the optimiser did return one.
+    """
     for name, values in (("D", points.D), ("N", points.N)):
         if len(np.unique(values)) < 2:
             return Form(refused=f"one {name} for all points: its exponent cannot be seen")
     n, B = len(points.N), len(points.budgets)
     if n < 8 or B < 3:
-        return Form(refused=f"{n} points at {B} budgets are too few for its five constants (8 at 3 "
-                            "at least)")
+        return Form(refused=f"{n} points at {B} budgets are too few (8 at 3 at least)")
     first = projected_start(points)
     steps = np.random.default_rng(0).uniform(-2, 2, (starts, 5))
     forms = [descend(points, first, step) for step in (0, *steps)]
@@ -474,7 +539,9 @@ def parametric_form(points, starts=8):
     if not forms:
         return Form(refused="the optimiser reached no stationary point")
     best = min(forms, key=lambda form: form.objective)
-    missed = best.objective / HUBER / n  # the mean distance of ln L from the form
+    # In its linear part the Huber loss is HUBER times the distance: so this is the mean distance of
+    # ln L from the form. Half of what the median alone would miss is no description.
+    missed = best.objective / HUBER / n
     log_loss = np.log(points.loss)
     if missed > 0.5 * np.abs(log_loss - np.median(log_loss)).mean():
         return Form(refused=f"it does not describe the data: it misses them by {100 * missed:.1f}% "
@@ -503,7 +570,8 @@ class Law:
 def law_of(points, near=None):
     """The Law of a set of points. For a resample, `near` is the law of the points themselves.
 
-    The parametric form of a resample starts at the optimum of that, and is nan if it has none.
+    This is the whole method. The parametric form of a resample starts at the optimum of `near`,
+    which is near its own, and is nan if that has none.
     """
     vertices = [parabola(points, b) for b in range(len(points.budgets))]
     own = [f"N* of {name}" for name in points.metrics if name.startswith("fd")]
@@ -524,7 +592,10 @@ def law_through(vertices, with_floor, without):
 
 @dataclass(frozen=True)
 class Noise:
-    """The points' errors about their parabolas; row 0 is of the loss, the others of the metrics."""
+    """The points' errors about their parabolas; row 0 is of the loss, the others of the metrics.
+
+    k = 1 + number of metrics. Errors are of logarithms, so they are shares of the value.
+    """
     fitted: np.ndarray  # (k, n) ln value on the parabola; as measured where there is none
     scale: np.ndarray   # (k, n) standard deviation of ln value at the point's budget
     mixing: np.ndarray  # (k, k) gives independent errors the residuals' correlation between rows
@@ -532,7 +603,10 @@ class Noise:
     nested: bool        # whether points share runs
 
 def residual_maker(N, degree=2):
-    """(n, n) matrix that takes values at sizes N to their residuals from a polynomial in ln N."""
+    """(n, n) matrix M = 1 - QQ': takes values at sizes N to residuals from a polynomial in ln N.
+
+    It depends on the sizes alone, so it also tells what a fit does to errors: it shrinks them.
+    """
     log_N = np.log(N)
     basis, _ = np.linalg.qr(np.vander(log_N - log_N.mean(), degree + 1))
     return np.eye(len(N)) - basis @ basis.T
@@ -540,8 +614,10 @@ def residual_maker(N, degree=2):
 def measure_noise(points, law):
     """The Noise of the points, from their residuals.
 
-    Residuals are smaller and less correlated than errors. With r = M e for standardised residuals
-    and K marking pairs of one run at two budgets, E[r' K r] = correlation tr(K M K M).
+    A run that is lucky at one budget is lucky at the next: its points share weights. Residuals are
+    smaller and less correlated than errors, because a parabola of 3 constants follows the errors.
+    With r = M e for standardised residuals and K marking pairs of one run at two budgets,
+    E[r' K r] = correlation tr(K M K M), which gives the correlation of the errors.
     """
     values = np.log(np.stack([points.loss, *points.metrics.values()]))  # (k, n)
     # M takes errors of ln loss to residuals, budget by budget.
@@ -553,7 +629,7 @@ def measure_noise(points, law):
             if len(np.unique(points.N[here])) >= 4:
                 maker = residual_maker(points.N[here])
                 residual[row, here] = rest = maker @ values[row, here]
-                scale[row, here] = math.sqrt(rest @ rest / (len(here) - 3))
+                scale[row, here] = math.sqrt(rest @ rest / (len(here) - 3))  # 3 were fitted
                 if row == 0:
                     M[np.ix_(here, here)] = maker
     unit = residual / np.maximum(scale, 1e-300)  # in standard deviations
@@ -565,7 +641,8 @@ def measure_noise(points, law):
     unit /= length[:, None]
     between = unit @ unit.T
     np.fill_diagonal(between, 1 + 1e-9)  # two metrics that agree would make it singular
-    # Of its roots the triangular one: the metrics do not change the errors of the loss.
+    # Of its roots the triangular one: then the metrics do not change the errors of the loss, and
+    # evaluating a model leaves the law of the loss as it is.
     mixing = np.linalg.cholesky(between)
     nested = correlation > 0.25 if points.nested is None else points.nested
     return Noise(values - residual, scale, mixing, correlation, nested)
@@ -573,9 +650,10 @@ def measure_noise(points, law):
 def resample(points, noise, seed):
     """Points that might as well have been measured.
 
-    Independent points are drawn with replacement inside each budget. Points that share runs keep
-    their sizes and get new errors, of the variance measured at each budget and the correlation
-    measured along runs and between metrics: of nine drawn runs only six differ, and that few make
+    Independent points are drawn with replacement inside each budget (Efron 1979). Points that share
+    runs keep their sizes and get new errors (a parametric bootstrap), of the variance measured at
+    each budget and the correlation measured along runs and between metrics. To draw whole runs, the
+    usual clustered bootstrap, fails here: of nine drawn runs only six differ, and that few make
     windows of another shape, at all budgets at once.
     """
     rng = np.random.default_rng(seed)
@@ -594,7 +672,10 @@ def resampled_law(points, law, noise, seed):
     return law_of(resample(points, noise, seed), near=law)
 
 def interval(answers):
-    """The middle 95% of the finite answers as [lo, hi]; None where they are fewer than 20."""
+    """The middle 95% of the finite answers as [lo, hi]; None where they are fewer than 20.
+
+    Quantiles need no normal distribution, and those of ln x are the logarithms of those of x.
+    """
     answers = np.array(answers, float)
     answers = answers[np.isfinite(answers)]
     return np.quantile(answers, [0.025, 0.975]).tolist() if len(answers) >= 20 else None
@@ -608,6 +689,7 @@ class Fit:
     draws: list   # the laws of the resamples
     metric: str   # which loss
     n_kind: str   # which parameters N counts
+    seed: int     # of the resamples
 
     def interval(self, question):
         """The 95% interval of a question: a function of a Law that returns a number."""
@@ -617,8 +699,17 @@ class Fit:
         """{"value", "ci95"}: the law's own answer to a question, and its interval."""
         return {"value": float(question(self.law)), "ci95": self.interval(question)}
 
+    def with_intervals(self, question):
+        """The same for a question whose answer is an array (k,): a list of k answers."""
+        answers = np.array([question(law) for law in (self.law, *self.draws)])  # (1 + draws, k)
+        return [{"value": float(value), "ci95": interval(drawn)}
+                for value, drawn in zip(answers[0], answers[1:].T)]
+
 def fit(records, metric="val_loss_ema", n_kind="blocks", resamples=1000, seed=0):
-    """Records -> Fit. Refused where neither three budgets nor the parametric form can be fitted."""
+    """Records -> Fit. Refused where neither three budgets nor the parametric form can be fitted.
+
+    metric and n_kind as in points_of; `resamples` is the number of draws from `seed`.
+    """
     points = points_of(records, metric, n_kind)
     law = law_of(points)
     if len(law.usable()) < 3 and law.form.refused:
@@ -634,7 +725,7 @@ def fit(records, metric="val_loss_ema", n_kind="blocks", resamples=1000, seed=0)
                           unit=" resamples", disable=None))
     if "N" in records[0]:
         metric, n_kind = "loss", "as given"
-    return Fit(points, law, noise, draws, metric, n_kind)
+    return Fit(points, law, noise, draws, metric, n_kind, seed)
 
 def too_few(law):
     """Why there is no line."""
@@ -642,72 +733,91 @@ def too_few(law):
 
 # ---- 7. what law.json tells --------------------------------------------------------------------
 
-def summary(fitted, seed=0):
-    """law.json: plain numbers, lists and words. What is missing is None, with a reason."""
-    points, law, noise = fitted.points, fitted.law, fitted.noise
-    reasons = {}
-    if len(law.usable()) < 3:
-        lost = ("N_opt", "D_opt", "loss.power", "backtest", "how_much_is_enough")
-        reasons = dict.fromkeys(lost, too_few(law))
-    elif len(law.usable()) == 3:
-        reasons = dict.fromkeys(("backtest", "jackknife95"), "3 usable budgets: a line through the "
-                                "other two proves nothing")
-    labels = {label for record in points.records for label in record.get("metrics", {})}
-    told = {
-        "schema": 1, "metric": fitted.metric, "n_kind": fitted.n_kind,
-        "c_kind": points.records[0].get("count", "as given"), "runs": int(points.run.max() + 1),
-        "n_points": len(points.N), "nested": bool(noise.nested),
-        "error_correlation": noise.correlation, "resamples": len(fitted.draws), "seed": seed,
-        "reasons": reasons, "budgets": budget_rows(fitted), "N_opt": told_line(fitted, "N"),
-        "D_opt": told_line(fitted, "D"), "loss": {
-            "power": told_line(fitted, "loss"), "floor": told_floor(fitted, "loss", reasons)},
-        "metrics": {label: told_metric(fitted, label, reasons) for label in sorted(labels)},
-        "offsets": offsets(fitted), "parametric": told_form(fitted),
-        "method_spread": method_spread(fitted), **extrapolations(fitted),
-        "noise": noise_of_a_point(points, fitted.metric)}
-    refusable = {"parametric": told["parametric"],
-                 **{f"metrics.{name}": law for name, law in told["metrics"].items()},
-                 **{f"N* of {name}": law.get("own_optimum", {})
-                    for name, law in told["metrics"].items()},
-                 **{f"offset of {row['metric']} on {row['data']}": row for row in told["offsets"]}}
-    reasons |= {name: law["refused"] for name, law in refusable.items() if "refused" in law}
-    residual = np.log(points.loss) - noise.fitted[0]
-    windows = np.concatenate([vertex.window for vertex in law.vertices])
-    told["points"] = [
-        {"N": points.N[i], "D": points.D[i], "C": points.C[i], "loss": points.loss[i],
-         "budget": points.budgets[points.budget[i]], "in_window": i in windows,
-         "residual": residual[i], "source": record["source"]}
-        for i, record in enumerate(points.records)]
-    told["warnings"] = warnings(fitted, told)
-    return told
+def report_of(fitted):
+    """law.json as a dict of plain numbers, lists and words. N counts parameters, D tokens, C FLOPs.
 
-def budget_rows(fitted):
-    """What was found at every budget."""
+    What is missing is None; report["reasons"] says why.
+    """
+    points, noise, records = fitted.points, fitted.noise, fitted.points.records
+    labels = sorted({label for record in records for label in record.get("metrics", {})})
+    report = {
+        "schema": 1, "metric": fitted.metric, "n_kind": fitted.n_kind,
+        "c_kind": records[0].get("count", "as given"), "runs": int(points.run.max() + 1),
+        "n_points": len(points.N), "nested": bool(noise.nested),
+        "error_correlation": noise.correlation, "resamples": len(fitted.draws),
+        "seed": fitted.seed, "budgets": budget_reports(fitted),
+        "N_opt": line_report(fitted, "N"), "D_opt": line_report(fitted, "D"),
+        "loss": {"power": line_report(fitted, "loss"), "floor": floor_report(fitted, "loss")},
+        "metrics": {label: metric_report(fitted, label) for label in labels},
+        "offsets": offsets(fitted), "parametric": form_report(fitted),
+        "method_spread": method_spread(fitted), **extrapolations(fitted),
+        "noise": noise_of_a_point(points, fitted.metric), "points": point_reports(fitted)}
+    report["reasons"] = reasons(fitted.law, report)
+    report["warnings"] = warnings(fitted, report)
+    return report
+
+def reasons(law, report):
+    """{what is missing: why}, of all that law.json lacks."""
+    found = {}
+    if len(law.usable()) < 3:
+        found = dict.fromkeys(("N_opt", "D_opt", "loss.power", "backtest", "how_much_is_enough"),
+                              too_few(law))
+    elif len(law.usable()) == 3:
+        # Two points always lie on a line, so leaving one of three out tests nothing.
+        found = dict.fromkeys(("backtest", "jackknife95"), "3 usable budgets: a line through the "
+                              "other two proves nothing")
+    for name in law.floors:
+        why = why_no_floor(law, name)
+        if why:
+            found["loss.floor" if name == "loss" else f"metrics.{name}.floor"] = why
+    parts = {"parametric": report["parametric"]}
+    for name, metric in report["metrics"].items():
+        parts |= {f"metrics.{name}": metric, f"N* of {name}": metric.get("own_optimum", {})}
+    for row in report["offsets"]:
+        parts[f"offset of {row['metric']} on {row['data']}"] = row
+    return found | {name: part["refused"] for name, part in parts.items() if "refused" in part}
+
+def point_reports(fitted):
+    """A row for every point; its residual is of ln loss, 0 where its budget has no parabola."""
+    points = fitted.points
+    residual = np.log(points.loss) - fitted.noise.fitted[0]  # (n,)
+    windows = np.concatenate([vertex.window for vertex in fitted.law.vertices])
+    return [{"N": points.N[i], "D": points.D[i], "C": points.C[i], "loss": points.loss[i],
+             "budget": points.budgets[points.budget[i]], "in_window": i in windows,
+             "residual": residual[i], "source": record["source"]}
+            for i, record in enumerate(points.records)]
+
+def budget_reports(fitted):
+    """A row for every budget: its vertex, or the reason why it has none."""
     rows = []
     for b, vertex in enumerate(fitted.law.vertices):
-        found = {key: vertex.values.get(name) for key, name in
-                 (("N_opt", "N"), ("D_opt", "D"), ("loss_opt", "loss"))}
+        # Resamples may have a minimum where the points have none: that is no interval of anything.
         within = fitted.interval(lambda law: law.vertices[b].value("N"))
         rows.append({"C": vertex.C, "n_points": int((fitted.points.budget == b).sum()),
-                     "used": not vertex.reason, "reason": vertex.reason, **found,
+                     "used": not vertex.reason, "reason": vertex.reason,
+                     "N_opt": vertex.values.get("N"), "D_opt": vertex.values.get("D"),
+                     "loss_opt": vertex.values.get("loss"),
                      "N_opt_ci95": None if vertex.reason else within,
                      "flags": [] if vertex.reason else flags(fitted.points, vertex)})
     return rows
 
 def flags(points, vertex):
-    """What makes the parabola of a budget doubtful, in words."""
+    """What makes the parabola of a budget doubtful, in words. The budget is used all the same."""
     N, y, found = points.N[vertex.window], np.log(points.loss[vertex.window]), []
     M = residual_maker(N)
-    rest, free = M @ y, len(y) - 3
+    rest, free = M @ y, len(y) - 3  # residuals, degrees of freedom
     square = rest @ rest
-    bent = y @ residual_maker(N, degree=1) @ y - square  # what the curvature explains
+    # Student's t test of the curvature: by how much does it lower the squares of a straight line?
+    bent = y @ residual_maker(N, degree=1) @ y - square
     if bent < stdtrit(free, 0.975) ** 2 * square / free:
         found.append("curvature not significant")
+    # Far from the middle of its sizes a vertex depends on the cubic term that we leave out.
     low, best, high = np.log([N.min(), vertex.value("N"), N.max()])
     if abs(best - (low + high) / 2) > (high - low) / 4:
         found.append("vertex off centre")
     if len(np.unique(N)) >= 5 and free >= 2 and square > 1e-18 * free:
-        # Leave one out: a point's distance from the parabola through the others, in their errors.
+        # Studentized residuals: a point's distance from the parabola through the others, in
+        # standard errors. 1 - M is the leverage; / len(y) is Bonferroni's, for so many tests.
         room = np.maximum(np.diag(M), 1e-9)
         error = np.sqrt(np.maximum((square - rest**2 / room) / (free - 1), 1e-30) * room)
         far = np.abs(rest) > -stdtrit(free - 1, 0.025 / len(y)) * error
@@ -715,59 +825,69 @@ def flags(points, vertex):
                   for i in np.flatnonzero(far)]
     return found
 
-def told_line(fitted, name):
+def line_report(fitted, name):
     """A straight line as value = coefficient C^exponent; None with fewer than 3 budgets."""
-    law_line, vertices = fitted.law.lines[name], fitted.law.vertices
-    if not law_line.exists:
+    power, vertices = fitted.law.lines[name], fitted.law.vertices
+    if not power.exists:
         return None
     C, values = curve(vertices, name)
-    rest, spread = np.log(values / law_line.predict(C)).var(), np.log(values).var()
-    return {"coefficient": law_line.coefficient, "exponent": law_line.exponent,
+    rest, spread = np.log(values / power.predict(C)).var(), np.log(values).var()
+    return {"coefficient": power.coefficient, "exponent": power.exponent,
             "ci95": fitted.interval(lambda law: law.lines[name].exponent),
             "coefficient_ci95": fitted.interval(lambda law: law.lines[name].coefficient),
             "jackknife95": jackknife(vertices, name),
             "r2": float(1 - rest / spread) if spread else None}
 
 def jackknife(vertices, name):
-    """The 95% interval of the exponent from leaving out one budget after the other."""
+    """The 95% interval of the exponent from leaving out one budget after the other (Tukey 1958).
+
+    The bootstrap sees only the noise of points. This one also sees budgets that scatter around the
+    line for another reason, so it is the honest one where the two differ.
+    """
     vertices = [vertex for vertex in vertices if math.isfinite(vertex.value(name))]
     k, exponent = len(vertices), power_law(vertices, name).exponent
     if k < 4:  # a line through two budgets says nothing
         return None
-    left = [power_law(vertices[:i] + vertices[i + 1:], name).exponent for i in range(k)]
+    left = [power_law(vertices[:i] + vertices[i + 1:], name).exponent for i in range(k)]  # (k,)
     error = stdtrit(k - 1, 0.975) * math.sqrt((k - 1) * np.var(left))
     return [exponent - error, exponent + error]
 
-def told_floor(fitted, name, reasons):
-    """The law with a floor, L_inf + coefficient C^-exponent; or None, and `reasons` says why."""
-    floor = fitted.law.floors[name]
-    if name != "loss" and fitted.law.lines[name].exponent > 0:
-        reason = "it rises with C"
-    elif not floor.exists:
-        reason = f"needs 4 usable budgets, there are {len(curve(fitted.law.vertices, name)[0])}"
-    elif floor.floor == 0:
-        reason = "the minima show no floor: L_inf = 0 fits best, which is the pure power law"
-    else:
-        return {"L_inf": floor.floor, "coefficient": floor.coefficient, "exponent": -floor.exponent,
-                "ci95": fitted.interval(lambda law: -law.floors[name].exponent),
-                "L_inf_ci95": fitted.interval(lambda law: law.floors[name].floor)}
-    reasons["loss.floor" if name == "loss" else f"metrics.{name}.floor"] = reason
+def why_no_floor(law, name):
+    """Why the loss or a metric has no law with a floor, in words; None: it has one."""
+    if name != "loss" and law.lines[name].exponent > 0:
+        return "it rises with C"
+    if not law.floors[name].exists:
+        return f"needs 4 usable budgets, there are {len(curve(law.vertices, name)[0])}"
+    if law.floors[name].floor == 0:
+        return "the minima show no floor: L_inf = 0 fits best, which is the pure power law"
     return None
 
-def told_metric(fitted, name, reasons):
-    """The law of a metric at N*; of an FD also the N best for itself."""
+def floor_report(fitted, name):
+    """The law with a floor as value = L_inf + coefficient C^-exponent, or None."""
+    if why_no_floor(fitted.law, name):
+        return None
+    floor = fitted.law.floors[name]
+    return {"L_inf": floor.floor, "coefficient": floor.coefficient, "exponent": -floor.exponent,
+            "ci95": fitted.interval(lambda law: -law.floors[name].exponent),
+            "L_inf_ci95": fitted.interval(lambda law: law.floors[name].floor)}
+
+def metric_report(fitted, name):
+    """The law of a metric at N*, or {"refused": why}; of an FD also the N best for itself.
+
+    The model is chosen by its loss, as the paper does, and the metric read there. FD alone has an
+    optimum of its own that may lie elsewhere.
+    """
     if name not in fitted.points.metrics:
         values = [record.get("metrics", {}).get(name, 1) for record in fitted.points.records]
         return {"refused": f"not positive at {sum(value <= 0 for value in values)} points"}
-    told = told_line(fitted, name)
-    if told:
-        told["floor"] = told_floor(fitted, name, reasons)
-    else:
+    report = line_report(fitted, name)
+    if not report:
         budgets = len(curve(fitted.law.vertices, name)[0])
-        told = {"refused": f"measured at 4 sizes of only {budgets} usable budgets, a line needs 3"}
+        return {"refused": f"measured at 4 sizes of only {budgets} usable budgets, a line needs 3"}
+    report["floor"] = floor_report(fitted, name)
     if name.startswith("fd"):
-        told["own_optimum"] = own_optimum(fitted, name)
-    return told
+        report["own_optimum"] = own_optimum(fitted, name)
+    return report
 
 def own_optimum(fitted, name):
     """The N best for an FD itself: its line or "refused", and per budget its value or a reason.
@@ -782,19 +902,19 @@ def own_optimum(fitted, name):
         rows.append({"C": vertex.C, "reason": reason, "N_opt": best})
     found, draws = sum(row["reason"] is None for row in rows), len(fitted.draws)
     seen = sum(law.lines[own].exists for law in fitted.draws)
+    report = line_report(fitted, own)
     if found < 3:
-        return {"refused": f"{found} budgets with an optimum of its own, a line needs 3",
-                "budgets": rows}
-    if seen < 0.9 * draws:  # the interval of those that have one need not even hold the value
-        return {"refused": f"only {seen} of {draws} resamples have an optimum of its own at 3 "
-                "budgets", "budgets": rows}
-    return {**told_line(fitted, own), "budgets": rows}
+        report = {"refused": f"{found} budgets with an optimum of its own, a line needs 3"}
+    elif seen < 0.9 * draws:
+        # The resamples that have one are selected: their interval need not even hold the value.
+        report = {"refused": f"only {seen} of {draws} resamples have an optimum of its own"}
+    return {**report, "budgets": rows}
 
 def offsets(fitted):
-    """What metrics have more at N* on other data than on the training data: difference and ratio.
+    """What metrics have more at N* on other data than on the training data, as one row each.
 
-    At each budget, amid them, and the slope per decade of C (the ratio's: of its logarithm). The
-    paper finds a constant difference in loss, VLB and likelihood, and a widening one in FID.
+    The paper finds a constant difference in loss, VLB and likelihood, and one in FID that widens.
+    So a straight line in ln C is asked of the difference, and of the logarithm of the ratio.
     """
     home, rows = fitted.points.records[0].get("data"), []
     for other in fitted.points.metrics:
@@ -802,49 +922,52 @@ def offsets(fitted):
         here = f"{metric} on {home}"
         if data == home or here not in fitted.points.metrics:
             continue
-        budgets = [{"C": vertex.C, **{
-            what: fitted.with_interval(lambda law: gap(law.vertices[b], here, other, what))
-            for what in ("difference", "ratio")}}
-            for b, vertex in enumerate(fitted.law.vertices)
-            if math.isfinite(vertex.value(here) + vertex.value(other))]
+        difference, of_difference = offset(fitted, lambda a, b: b - a, here, other)
+        ratio, of_ratio = offset(fitted, lambda a, b: np.log(b / a), here, other)
+        budgets = [{"C": C, "difference": difference[C], "ratio": unlogged(ratio[C])}
+                   for C in difference]
         row = {"metric": metric, "data": data, "against": home, "budgets": budgets}
         if len(budgets) < 3:
-            row["refused"] = (f"both measured at 4 sizes of only {len(budgets)} usable budgets, a "
-                              "slope needs 3")
+            row["refused"] = f"both measured at 4 sizes of only {len(budgets)} usable budgets"
         else:
-            row |= offset_line(fitted, here, other, "difference")
-            row |= offset_line(fitted, here, other, "ratio")
+            for name, (level, slope) in (("difference", of_difference), ("ratio", of_ratio)):
+                row |= {name: unlogged(level) if name == "ratio" else level,
+                        f"{name}_per_decade": slope, f"{name}_is": verdict_on(level, slope)}
         rows.append(row)
     return rows
 
-def gap(vertex, here, other, what):
-    """What a vertex has more of one metric than of another."""
-    a, b = vertex.value(here), vertex.value(other)
-    return b - a if what == "difference" else b / a
+def offset(fitted, gap, here, other):
+    """{C: gap} at the budgets where both metrics were measured; and (level, slope) of its line.
 
-def offset_line(fitted, here, other, what):
-    """Level and slope of a gap over the budgets, and a verdict on it."""
-    middle = math.log(fitted.points.middle)
+    The level is amid all budgets, the slope per decade of C. All as {"value", "ci95"}.
+    """
+    C = fitted.points.budgets
+    decades = np.log10(C / fitted.points.middle)  # (B,), 0 amid the budgets
 
-    def straight(law):  # level at the middle of all budgets, whichever a resample has; slope
-        gaps = np.array([gap(vertex, here, other, what) for vertex in law.vertices])
-        log_C = np.log([vertex.C for vertex in law.vertices])[np.isfinite(gaps)]
-        if len(log_C) < 3:
+    def gaps(law):
+        return gap(*np.array([(v.value(here), v.value(other)) for v in law.vertices]).T)  # (B,)
+
+    def straight(law):
+        seen = np.isfinite(gaps(law))
+        if seen.sum() < 3:
             return math.nan, math.nan
-        gaps = gaps[np.isfinite(gaps)]
-        level, slope = line(log_C, gaps if what == "difference" else np.log(gaps))
-        return level + slope * (middle - log_C.mean()), slope * math.log(10)
+        slope, level = np.polyfit(decades[seen], gaps(law)[seen], 1)
+        return level, slope
 
-    level = fitted.with_interval(lambda law: straight(law)[0])
-    slope = fitted.with_interval(lambda law: straight(law)[1])
-    verdict = verdict_on(level, slope)
-    if what == "ratio":
-        level = {"value": math.exp(level["value"]),
-                 "ci95": level["ci95"] and np.exp(level["ci95"]).tolist()}
-    return {what: level, f"{what}_per_decade": slope, f"{what}_is": verdict}
+    found = zip(C.tolist(), fitted.with_intervals(gaps))
+    return ({budget: answer for budget, answer in found if math.isfinite(answer["value"])},
+            fitted.with_intervals(straight))
+
+def unlogged(answer):
+    """A {"value", "ci95"} of a logarithm as that of the number itself."""
+    return {"value": math.exp(answer["value"]),
+            "ci95": answer["ci95"] and np.exp(answer["ci95"]).tolist()}
 
 def verdict_on(level, slope):
-    """Whether a gap widens with compute, as far as the intervals can tell."""
+    """Whether a gap widens with compute, as far as the intervals can tell.
+
+    "constant" means that no slope is seen, not that there is none.
+    """
     if not (level["ci95"] and slope["ci95"]):
         return "unknown"
     if sign(slope) == 0:
@@ -858,20 +981,26 @@ def sign(answer):
     low, high = answer["ci95"] or (0, 0)
     return 0 if low <= 0 <= high else math.copysign(1, low)
 
-def told_form(fitted):
-    """The parametric form with its intervals, or why it is refused."""
-    form, draws = fitted.law.form, fitted.draws
+def form_report(fitted):
+    """The parametric form with its intervals, or {"refused": why}.
+
+    starts_discarded says how many starts ended elsewhere: with many, distrust the optimum.
+    """
+    form = fitted.law.form
     if form.refused:
         return {"refused": form.refused}
-    told = {key: value for key, value in asdict(form).items() if key != "refused"}
-    return told | {
+    constants = {key: value for key, value in asdict(form).items() if key != "refused"}
+    return constants | {
         "a": form.a, "b": 1 - form.a, "starts_discarded": form.starts - form.starts_agree,
         "ci95": {name: fitted.interval(lambda law: getattr(law.form, name))
                  for name in ("E", "alpha", "beta", "a")},
-        "resamples_discarded": sum(math.isnan(law.form.E) for law in draws)}
+        "resamples_discarded": sum(math.isnan(law.form.E) for law in fitted.draws)}
 
 def method_spread(fitted):
-    """The exponent of N* by four methods, whose spread is often larger than the interval."""
+    """The exponent of N* by four methods. Their spread is often larger than the interval.
+
+    The interval is of noise alone. Another window or degree shows the bias of the parabola.
+    """
     points, vertices = fitted.points, fitted.law.vertices
     everywhere = [np.flatnonzero(points.budget == b) for b in range(len(vertices))]
     wide = [parabola(points, b, window) for b, window in enumerate(everywhere)]
@@ -884,18 +1013,18 @@ def method_spread(fitted):
     return {"exponent_N": [min(found), max(found)] if len(found) > 1 else None, "methods": methods}
 
 def extrapolations(fitted):
-    """How the law of the smallest 3, 4, 5 .. usable budgets predicts the top one, and the backtest.
+    """Laws of the smallest 3, 4, 5 .. usable budgets, and how each predicts the top one.
 
-    The backtest is of the last two: the top budget left out, and the top two.
+    The backtest is that of the last two: the top budget left out, then the top two. No interval
+    can replace it. It is the only test of the straight line outside of the data.
     """
     used = [b for b, vertex in enumerate(fitted.law.vertices) if not vertex.reason]
-    rows, backtest = [], []
+    C, rows, backtest = fitted.points.budgets[used], [], []
     for k in range(3, len(used) + 1):
         laws = [law_through([law.vertices[b] for b in used[:k]], ["loss"], ["N"])
                 for law in (fitted.law, *fitted.draws)]
         short = replace(fitted, law=laws[0], draws=laws[1:])
         tests = [prediction(short, fitted.law.vertices[b]) for b in used[k:] or used[-1:]]
-        C = fitted.points.budgets[used]
         row = {"budgets": k, "beyond": C[-1] / C[k - 1]}
         for key, name in (("exponent_N", "N"), ("exponent_L", "loss")):
             row[key] = short.law.lines[name].exponent
@@ -906,7 +1035,10 @@ def extrapolations(fitted):
     return {"how_much_is_enough": rows, "backtest": backtest[::-1]}
 
 def prediction(short, vertex):
-    """How a law of fewer budgets predicts a vertex: with a floor where there are 4 for one."""
+    """How a law of fewer budgets predicts a vertex: with a floor where there are 4 for one.
+
+    Errors are shares of what was measured. vertex: one that the law has not seen, or the last.
+    """
     kind = "floors" if short.law.floors["loss"].exists else "lines"
     predicted = short.with_interval(lambda law: getattr(law, kind)["loss"].predict(vertex.C))
     measured, N = vertex.value("loss"), short.law.lines["N"].predict(vertex.C)
@@ -918,73 +1050,68 @@ def noise_of_a_point(points, metric):
     """Paired errors between neighbouring sizes, and the spread over seeds, in percent of the loss.
 
     All runs are validated on the same images, times and noises. So what blurs a parabola is the
-    standard error of the difference between two sizes, taken image by image.
+    standard error of the difference between two sizes, taken image by image. It leaves out the
+    noise of training, which only runs with several seeds can tell.
     """
     errors, variances = [], []
     for b in range(len(points.budgets)):
-        before = None
+        files = []
         for size in np.unique(points.N[points.budget == b]):
             seeds = np.flatnonzero((points.budget == b) & (points.N == size))
             same_C = seeds[points.C[seeds] == points.C[seeds[0]]]  # a CSV's budget may hold several
             if len(same_C) > 1:
                 variances.append(np.log(points.loss[same_C]).var(ddof=1))
-            file = Path(points.records[seeds[0]]["source"]).with_name("val_losses_ema.npy")
-            if metric == "val_loss_ema" and before and before.is_file() and file.is_file():
-                errors.append(paired_error(before, file))
-            before = file
+            files.append(Path(points.records[seeds[0]]["source"]).with_name("val_losses_ema.npy"))
+        errors += [paired_error(one, two) for one, two in pairwise(files)
+                   if metric == "val_loss_ema" and one.is_file() and two.is_file()]
     paired = {"median": float(np.median(errors)), "worst": max(errors)} if errors else None
-    return {"paired_se_percent": paired, "paired_se_reason": None if errors else
+    # Variances and not standard deviations are averaged: those of two seeds would be too small.
+    spread = 100 * math.sqrt(np.mean(variances)) if variances else None
+    return {"paired_se_percent": paired, "seed_spread_percent": spread,
+            "paired_se_reason": None if paired else
             "no val_losses_ema.npy beside the records, or another metric",
-            "seed_spread_percent": 100 * math.sqrt(np.mean(variances)) if variances else None,
             "seed_spread_reason": None if variances else "one seed only"}
 
 def paired_error(one, two):
     """Standard error of the mean difference of two files of losses, in percent."""
     try:
-        a, b = (np.load(file, allow_pickle=False).astype(float) for file in (one, two))
+        a, b = (np.load(file, allow_pickle=False).astype(float) for file in (one, two))  # (images,)
         return 100 * (a - b).std(ddof=1) / math.sqrt(len(a)) / b.mean()
     except (EOFError, ValueError):
         raise BadInput(f"{one} or its neighbour {two}: torn, or not the losses of the same images")
 
-def warnings(fitted, told):
-    """What a reader must know before using the law, in words; `told` is the summary so far."""
-    law, form, top = fitted.law, told["parametric"], fitted.points.budgets.max()
-    found = []
-    if told["N_opt"]:
-        low, high = told["N_opt"]["ci95"] or (-math.inf, math.inf)
-        jack = told["N_opt"]["jackknife95"]
-        decade = law.usable()[-1].C / law.usable()[0].C
-        rejected = sum(not draw.lines["N"].exists for draw in fitted.draws)
-        spread = np.ptp(told["method_spread"]["exponent_N"] or [0])
-        if rejected:
-            found.append(f"{rejected} of {len(fitted.draws)} resamples left fewer than 3 usable "
-                         "budgets and are not in the intervals")
-        if decade < 10:
-            found.append(f"the usable budgets span only a factor {decade:.1f} in C: an exponent "
-                         "from less than a decade is a guess")
-        if not low <= form.get("a", low) <= high:
-            found.append(f"the parametric form disagrees on N*: exponent {form['a']:.3f}, outside "
-                         f"the parabolas' {low:.3f} to {high:.3f}")
-        if jack and jack[1] - jack[0] > 1.5 * (high - low):
-            found.append("the budgets scatter around the line of N* more than their points' noise "
-                         "explains: take the jackknife's interval")
-        if spread > high - low:
-            found.append(f"the methods differ by {spread:.3f} in the exponent of N*, more than its "
-                         "interval is wide")
-    epochs = max(float(record.get("epochs") or 0) for record in fitted.points.records)
-    if epochs > 1:
-        found.append(f"these runs saw each image up to {epochs:.1f} times; the paper saw each "
-                     "once. This is the law of a data set of this size")
-    if told["loss"]["floor"]:
-        gap = law.lines["loss"].predict(250 * top) / law.floors["loss"].predict(250 * top) - 1
-        found.append(f"at 250 times the top budget the pure power law is {100 * abs(gap):.1f}% "
-                     f"{'below' if gap < 0 else 'above'} the law with a floor: do not extrapolate "
-                     "it that far")
-    if fitted.points.nested is None:
-        kind = "one run per N, read at several budgets" if told["nested"] else "independent runs"
-        found.append("no run column: the errors of the same N at different budgets correlate "
-                     f"{told['error_correlation']:.2f}, so points are taken for {kind}")
-    return found
+def warnings(fitted, report):
+    """What a reader must know before using the law, in words. `report` is law.json so far."""
+    law, points, a = fitted.law, fitted.points, fitted.law.form.a  # a: nan where it is refused
+    line_of_N = report["N_opt"] or {"ci95": None, "jackknife95": None}
+    low, high = line_of_N["ci95"] or (-math.inf, math.inf)
+    jack = np.ptp(line_of_N["jackknife95"] or [0])
+    spread = np.ptp(report["method_spread"]["exponent_N"] or [0])
+    used = [vertex.C for vertex in law.usable()] or [math.nan]
+    rejected = sum(not draw.lines["N"].exists for draw in fitted.draws)
+    epochs = max(float(record.get("epochs") or 0) for record in points.records)
+    far = 250 * points.budgets.max()  # the paper extrapolates that far
+    gap = law.lines["loss"].predict(far) / law.floors["loss"].predict(far) - 1
+    kind = "one run per N, read at several budgets" if report["nested"] else "independent runs"
+    doubts = [
+        (report["N_opt"] and rejected, f"{rejected} of {len(fitted.draws)} resamples left fewer "
+         "than 3 usable budgets and are not in the intervals"),
+        (report["N_opt"] and used[-1] < 10 * used[0], "the usable budgets span only a factor "
+         f"{used[-1] / used[0]:.1f} in C: an exponent from less than a decade is a guess"),
+        (a < low or a > high, f"the parametric form disagrees on N*: exponent {a:.3f}, outside the "
+         f"parabolas' {low:.3f} to {high:.3f}"),
+        (jack > 1.5 * (high - low), "the budgets scatter around the line of N* more than their "
+         "points' noise explains: take the jackknife's interval"),
+        (spread > high - low, f"the methods differ by {spread:.3f} in the exponent of N*, more "
+         "than its interval is wide"),
+        (epochs > 1, f"these runs saw each image up to {epochs:.1f} times; the paper saw each "
+         "once. This is the law of a data set of this size"),
+        (report["loss"]["floor"], "at 250 times the top budget the pure power law is "
+         f"{100 * abs(gap):.1f}% {'below' if gap < 0 else 'above'} the law with a floor: do not "
+         "extrapolate it that far"),
+        (points.nested is None, "no run column: the errors of the same N at different budgets "
+         f"correlate {report['error_correlation']:.2f}, so points are taken for {kind}")]
+    return [text for applies, text in doubts if applies]
 
 # ---- plans and comparisons ---------------------------------------------------------------------
 
@@ -994,71 +1121,69 @@ def parse_plan(text):
     -> C in FLOPs, and the FLOP/s of one device or None. Raises BadInput.
     """
     try:
-        C, speed = float(text), None
-    except ValueError:
-        C, speed = compute_of(text)
-    if not 0 < C < math.inf:
-        raise BadInput(f"--plan {text}: not a positive number of FLOPs")
-    return C, speed
-
-def compute_of(text):
-    """FLOPs, and FLOP/s of one device, of devices:time:MFU."""
-    try:
-        devices, time, mfu = text.split(":")
-        count, name = devices.lower().replace(" ", "").split("x", 1)
-        peaks = {key.lower().replace(" ", ""): peak for key, peak in PEAK.items()}
-        speed = 1e12 * float(mfu) * (peaks.get(name) or float(name))
-        seconds = float(time[:-1]) * {"m": 60, "h": 3600, "d": 86400}[time[-1]]
-        C = int(count) * speed * seconds
+        if ":" in text:
+            devices, time, mfu = text.split(":")
+            count, name = devices.lower().replace(" ", "").split("x", 1)
+            peaks = {key.lower().replace(" ", ""): peak for key, peak in PEAK.items()}
+            speed = 1e12 * float(mfu) * (peaks.get(name) or float(name))
+            seconds = float(time[:-1]) * {"m": 60, "h": 3600, "d": 86400}[time[-1]]
+            C = int(count) * speed * seconds
+        else:
+            C, speed, mfu = float(text), None, 1
     except (IndexError, KeyError, ValueError):
-        raise BadInput(f"--plan {text}: neither FLOPs (1.5e21) nor devices:hours:MFU "
-                       f"(8xH100:72h:0.4); known devices: {', '.join(PEAK)}; others by their peak "
-                       "TFLOP/s (8x312:72h:0.4)")
+        raise BadInput(f"--plan {text}: neither FLOPs (1.5e21) nor devices:hours:MFU (8xH100:72h:"
+                       f"0.4); devices: peak TFLOP/s (8x312:72h:0.4), or {', '.join(PEAK)}")
     if not 0 < float(mfu) <= 1:
         raise BadInput(f"--plan {text}: the MFU must lie in (0, 1], not {mfu}")
+    if not 0 < C < math.inf:
+        raise BadInput(f"--plan {text}: not a positive number of FLOPs")
     return C, speed
 
 def plan(fitted, text):
     """The run to make with a budget: its shape, cost, results, and how far beyond the data it is.
 
-    What is not known is None, and `reason` names it.
+    What is not known is None, and `reason` names it. Raises BadInput for a text that is no budget.
     """
     C, speed = parse_plan(text)
     points, law, form = fitted.points, fitted.law, fitted.law.form
     batch = max(points.records, key=lambda record: record["C"]).get("batch")
-    per_image = tokens_per_image(points)
     speed = speed or flops_per_second(points)
 
     def expected(name, kind="lines"):
         return fitted.with_interval(lambda law: getattr(law, kind)[name].predict(C))
 
-    def cost_of_half_or_twice(law):  # ln loss is a parabola in ln N
+    def cost_of_half_or_twice(law):
+        # ln loss is a parabola in ln N. The median, because one budget's curvature is a poor guess.
         curvature = np.median([vertex.curvature for vertex in law.usable()] or [math.nan])
         return np.expm1(curvature * math.log(2) ** 2)
 
-    told = {"asked": text, "C": C, "times_beyond_the_data": C / points.budgets.max(),
-            "N": expected("N"), "D": expected("D"), "loss_power": expected("loss"),
-            "loss_floor": expected("loss", "floors") if law.floors["loss"].floor > 0 else None,
-            "loss_parametric": None,
-            "metrics": {name: expected(name) for name in points.metrics if law.lines[name].exists},
-            "cost_of_N_half_or_twice": fitted.with_interval(cost_of_half_or_twice)}
+    found = {"asked": text, "C": C, "times_beyond_the_data": C / points.budgets.max(),
+             "N": expected("N"), "D": expected("D"), "loss_power": expected("loss"),
+             "loss_floor": expected("loss", "floors") if law.floors["loss"].floor > 0 else None,
+             "loss_parametric": None,
+             "metrics": {name: expected(name) for name in points.metrics if law.lines[name].exists},
+             "cost_of_N_half_or_twice": fitted.with_interval(cost_of_half_or_twice)}
     if not form.refused:
         N, D = form.optimum(C)
-        told |= {"loss_parametric": form.loss(N, D),
-                 "cost_of_N_half_parametric": form.loss(N / 2, D * 2) / form.loss(N, D) - 1,
-                 "cost_of_N_twice_parametric": form.loss(N * 2, D / 2) / form.loss(N, D) - 1}
-    images = per_image and fitted.with_interval(lambda law: law.lines["D"].predict(C) / per_image)
-    depth, width = nearest_shape(points, told["N"]["value"])
+        found |= {"loss_parametric": form.loss(N, D),
+                  "cost_of_N_half_parametric": form.loss(N / 2, D * 2) / form.loss(N, D) - 1,
+                  "cost_of_N_twice_parametric": form.loss(N * 2, D / 2) / form.loss(N, D) - 1}
     # What follows from the records: how such a model was trained, and how fast.
-    told |= {"batch": batch, "images": images, "depth": depth, "width": width,
-             "steps": images["value"] / batch if images and batch else None,
-             "device_hours": C / speed / 3600 if speed else None}
-    missing = [key for key in ("images", "steps", "depth", "device_hours") if told[key] is None]
-    told["reason"] = f"{', '.join(missing)} unknown: the records do not tell" if missing else None
-    return told
+    tokens = tokens_per_image(points)
+    images = tokens and fitted.with_interval(lambda law: law.lines["D"].predict(C) / tokens)
+    depth, width = nearest_shape(points, found["N"]["value"])
+    found |= {"batch": batch, "images": images, "depth": depth, "width": width,
+              "steps": images["value"] / batch if images and batch else None,
+              "device_hours": C / speed / 3600 if speed else None}
+    missing = [key for key in ("images", "steps", "depth", "device_hours") if found[key] is None]
+    found["reason"] = f"{', '.join(missing)} unknown: the records do not tell" if missing else None
+    return found
 
 def paper_plan(text):
-    """The same from the paper's own coefficients and its family: width = 64 depth, batch 1024."""
+    """The same from the paper's own coefficients and its family: width = 64 depth, batch 1024.
+
+    Its blocks have 12 depth width^2 parameters (attention 4, the MLP 8), so N fixes the depth.
+    """
     C, _ = parse_plan(text)
     N, D, loss = (k * C**p for k, p in PAPER.values())
     depth = round((N / 12 / PAPER_ASPECT**2) ** (1 / 3))
@@ -1066,28 +1191,33 @@ def paper_plan(text):
             "steps": D / PAPER_TOKENS / PAPER_BATCH, "depth": depth, "width": PAPER_ASPECT * depth}
 
 def nearest_shape(points, N):
-    """(depth, width) nearest to N in the records' family; None, None where they have none."""
+    """(depth, width) with about N parameters and the family's aspect; None, None without shapes.
+
+    N = ratio depth width^2, with the ratio of the largest model: where N counts all parameters the
+    ratio drifts with size. Width is a multiple of the heads' width.
+    """
     shapes = [(record.get("depth"), record.get("width")) for record in points.records]
     if not all(depth and width for depth, width in shapes):
         return None, None
-    big = points.N.argmax()  # with all parameters counted the ratio drifts: take it there
-    ratio = points.N[big] / shapes[big][0] / shapes[big][1] ** 2
+    depth, width = shapes[points.N.argmax()]
+    ratio = points.N.max() / depth / width**2
     head, depths = points.records[0].get("head_dim") or 1, {depth for depth, _ in shapes}
     aspects = [width / depth for depth, width in shapes]
     low, high = min(aspects), max(aspects)
-    if len(depths) == 1:  # a family of one depth keeps no aspect
+    if len(depths) == 1:  # a family of one depth has no aspect to keep: it stays at its depth
         low, high = 0, math.inf
     else:
         depths = range(1, 513)
-    widest = head + math.sqrt(2 * N / ratio)
 
-    def distance(shape):  # in N; and of near ones the one of the usual aspect
+    def distance(shape):  # in ln N; of about equal ones the one of the usual aspect
         depth, width = shape
-        unusual = abs(math.log(width / depth / np.median(aspects)))
-        return abs(math.log(ratio * depth * width**2 / N)) + 0.1 * unusual
+        strange = 10 * (not low <= width / depth <= high)
+        unusual = 0.1 * abs(math.log(width / depth / np.median(aspects)))
+        return abs(math.log(ratio * depth * width**2 / N)) + unusual + strange
 
-    return min(((depth, width) for depth in depths for width in range(head, int(widest), head)
-                if low <= width / depth <= high), key=distance)
+    heads = {depth: int(math.sqrt(N / ratio / depth) / head) for depth in depths}  # rounded down
+    return min(((depth, head * max(1, n)) for depth in depths
+                for n in (heads[depth], heads[depth] + 1)), key=distance)
 
 def tokens_per_image(points):
     """Tokens of an image with caption and time; None where the records do not tell, or differ."""
@@ -1095,15 +1225,22 @@ def tokens_per_image(points):
     return float(np.median(ratios)) if ratios and max(ratios) < 1.01 * min(ratios) else None
 
 def flops_per_second(points):
-    """Median speed of one device at the largest budget; None where the records do not tell."""
+    """Median speed of one device at the largest budget; None where the records do not tell.
+
+    The median, because other work beside a run may have slowed it.
+    """
     speeds = [record["C"] / record["device_hours"] / 3600 for record in points.records
               if record.get("device_hours") and record["C"] > 0.9 * points.budgets.max()]
     return float(np.median(speeds)) if speeds else None
 
-NAMES = {"N": "N*", "D": "D*", "loss": "loss"}
+NAMES = {"N": "N*", "D": "D*", "loss": "loss"}  # how the page calls the three lines
 
 def side_by_side(fits):
-    """Fits by name -> a row for each: exponents, and N* and loss at one C amid the data of all."""
+    """Fits by name -> a row for each: exponents, and N* and loss at one C amid the data of all.
+
+    Each with its own interval. Whether two differ is not for these but for compare() to say: two
+    intervals may overlap and the difference still be sure.
+    """
     C = math.exp(np.mean([math.log(one.points.middle) for one in fits.values()]))
     rows = []
     for results, one in fits.items():
@@ -1118,45 +1255,43 @@ def side_by_side(fits):
 def compare(one, two, names, budgets):
     """Two Fits: differences with intervals, where the losses cross, how much compute B saves.
 
-    The two bootstraps are independent, so pairs of their laws are a bootstrap of the pair.
+    The two bootstraps are independent, so pairs of their laws are a bootstrap of the pair: a Fit
+    whose laws are pairs of laws answers a question about both.
     """
-    def with_interval(question):
-        pairs = zip(one.draws, two.draws)
-        return {"value": float(question(one.law, two.law)),
-                "ci95": interval([question(a, b) for a, b in pairs])}
-
-    # Levels are compared amid the data: at C = 1 they would be extrapolated.
-    C = math.sqrt(one.points.middle * two.points.middle)
+    pair = replace(one, law=(one.law, two.law), draws=list(zip(one.draws, two.draws)))
+    C = math.sqrt(one.points.middle * two.points.middle)  # amid the data; C = 1 is far outside
     exponents, levels = [], []
     for name, label in NAMES.items():
         a, b = one.law.lines[name], two.law.lines[name]
         exponents.append({"exponent of": label, "A": a.exponent, "B": b.exponent,
-                          "B-A": with_interval(lambda a, b: b.lines[name].exponent
-                                               - a.lines[name].exponent)})
+                          "B-A": pair.with_interval(lambda ab: ab[1].lines[name].exponent
+                                                    - ab[0].lines[name].exponent)})
         levels.append({"level of": label, "A": a.predict(C), "B": b.predict(C),
-                       "B/A": with_interval(lambda a, b: b.lines[name].predict(C)
-                                            / a.lines[name].predict(C))})
-    told = {"A": names[0], "B": names[1], "exponents": exponents, "levels": levels, "C": C,
-            "crossing": {"value": None, "ci95": None, "reason": "the loss exponents do not differ "
-                         "within their interval, the curves may be parallel"}}
-    if sign(exponents[2]["B-A"]):
-        told["crossing"] = with_interval(crossing)
-    told["multiplier"] = [
-        {"C": C, **with_interval(lambda a, b: compute_multiplier(a, b, C))} for C in budgets]
+                       "B/A": pair.with_interval(lambda ab: ab[1].lines[name].predict(C)
+                                                 / ab[0].lines[name].predict(C))})
     a, b = one.points.records[0], two.points.records[0]
-    told["warnings"] = [f"{key} differs ({a.get(key)} and {b.get(key)}): the axes do not mean the "
-                        "same" for key in ("count", "resolution") if a.get(key) != b.get(key)]
-    told["reading"] = reading(a, b, sign(exponents[0]["B-A"]), sign(exponents[2]["B-A"]))
-    return told
+    of_N, of_loss = sign(exponents[0]["B-A"]), sign(exponents[2]["B-A"])
+    parallel = {"value": None, "ci95": None, "reason": "the loss exponents do not differ within "
+                "their interval, the curves may be parallel"}
+    return {"A": names[0], "B": names[1], "exponents": exponents, "levels": levels, "C": C,
+            "crossing": pair.with_interval(crossing) if of_loss else parallel,
+            "multiplier": [{"C": C, **pair.with_interval(partial(compute_multiplier, C=C))}
+                           for C in budgets],
+            "warnings": [f"{key} differs ({a.get(key)} and {b.get(key)}): the axes do not mean the "
+                         "same" for key in ("count", "resolution") if a.get(key) != b.get(key)],
+            "reading": reading(a, b, of_N, of_loss)}
 
-def crossing(a, b):
-    """The C at which two laws have the same loss."""
-    a, b = a.lines["loss"], b.lines["loss"]
+def crossing(pair):
+    """The C at which two laws have the same loss: a C^p = b C^q, so C = (a / b)^(1 / (q - p))."""
+    a, b = (law.lines["loss"] for law in pair)
     return np.float_power(a.coefficient / b.coefficient, 1 / (b.exponent - a.exponent))
 
-def compute_multiplier(a, b, C):
-    """The compute that law a needs to reach the loss of law b at C, over C."""
-    a, b = a.lines["loss"], b.lines["loss"]
+def compute_multiplier(pair, C):
+    """The compute that the first law needs to reach the loss of the second at C, over C.
+
+    A ratio of losses says little: where the exponent is 0.1, 5% of the loss are 40% of the compute.
+    """
+    a, b = (law.lines["loss"] for law in pair)
     return np.float_power(b.predict(C) / a.predict(C), 1 / a.exponent)
 
 def reading(a, b, of_N, of_loss):
@@ -1168,157 +1303,135 @@ def reading(a, b, of_N, of_loss):
     kinds = {"the model": ("arch",), "the data": ("data", "captions", "train_images")}
     changed = [kind for kind, keys in kinds.items()
                if any(a.get(key) != b.get(key) for key in keys)]
-    loss = ("These data cannot tell whose loss falls faster: the exponents agree within their "
-            "interval.")
-    size = ("Nor can they tell better model from better data: the exponents of N* agree within "
-            "their interval.")
-    if of_loss:
-        loss = f"{'A' if of_loss > 0 else 'B'}'s loss falls faster with compute."
-    if of_N > 0:
-        size = ("N* grows faster with compute in B, which the paper reads as better data or a "
-                "worse model in B.")
-    if of_N < 0:
-        size = ("N* grows more slowly with compute in B, which the paper reads as a better model "
-                "or worse data in B.")
+    loss = {1: "A's loss falls faster with compute.", -1: "B's loss falls faster with compute.",
+            0: "These data cannot tell whose loss falls faster: the exponents agree within their "
+               "interval."}
+    size = {1: "N* grows faster with compute in B, which the paper reads as better data or a worse "
+               "model in B.",
+            -1: "N* grows more slowly with compute in B, which the paper reads as a better model "
+                "or worse data in B.",
+            0: "Nor can they tell better model from better data: the exponents of N* agree within "
+               "their interval."}
     changed = " and ".join(changed) or "neither model nor data"
-    return f"By their records {changed} changed from A to B. {loss} {size}"
+    return f"By their records {changed} changed from A to B. {loss[of_loss]} {size[of_N]}"
 
 # ---- the page to read --------------------------------------------------------------------------
 
 def show(x):
     """A number, an interval, a {"value", "ci95"}, or words; "-" for what is missing."""
     if isinstance(x, dict):
-        return f"{show(x['value'])} {show(x['ci95'])}"
+        return x.get("reason") or f"{show(x['value'])} {show(x['ci95'])}"
     if isinstance(x, list):
         return "; ".join(x) if not x or isinstance(x[0], str) else f"[{', '.join(map(show, x))}]"
     if x is None:
         return "-"
     return f"{x:.4g}" if isinstance(x, float) else str(x)
 
-def table(rows, columns):
-    """Rows (dicts) as lines of a Markdown table that is also aligned in a terminal."""
+def table(rows, hidden=()):
+    """Rows (dicts) as lines of a Markdown table that is also aligned in a terminal.
+
+    Columns are the keys of law.json, so that a reader finds a number there by its name.
+    """
     def cell(row, column):
         x = row.get(column)
-        return f"{100 * x:+.2f}%" if column.endswith("error") else show(x)
+        is_share = column.endswith("error") and x is not None
+        return f"{100 * x:+.2f}%" if is_share else show(x)
 
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row)
+               if key not in hidden]
     cells = [columns, *([cell(row, column) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:], ""]
 
-def page(told, reference=False):
-    """law.md, which is also what the command prints: law.json as tables, columns named as there."""
-    lines = [f"# The law of {told['metric']}", "",
-             f"{told['n_points']} points of {told['runs']} runs at {len(told['budgets'])} budgets. "
-             f"N: {told['n_kind']}; C: {told['c_kind']}. Intervals 95% from {told['resamples']} "
-             "resamples; points " + (
-                 f"share runs, errors correlate {told['error_correlation']:.2f} along a run."
-                 if told["nested"] else "independent."), ""]
-    for title, rows, columns in sections(told, reference):
+def listed(content, prefix=""):
+    """A dict as rows "what", "value"; dicts in it are unfolded, what is missing is left out."""
+    rows = []
+    for key, value in (content or {}).items():
+        if isinstance(value, dict) and "value" not in value:
+            rows += listed(value, f"{prefix}{key} ")
+        elif show(value) not in ("-", ""):
+            rows.append({"what": prefix + key, "value": value})
+    return rows
+
+def page(report, reference=False):
+    """law.md, which is also what the command prints: law.json as tables."""
+    kind = "independent"
+    if report["nested"]:
+        kind = f"share runs, errors correlate {report['error_correlation']:.2f} along a run"
+    lines = [f"# The law of {report['metric']}", "",
+             f"{report['n_points']} points of {report['runs']} runs at {len(report['budgets'])} "
+             f"budgets. N: {report['n_kind']}; C: {report['c_kind']}. Intervals 95% from "
+             f"{report['resamples']} resamples; points {kind}.", ""]
+    for title, rows, *hidden in sections(report, reference):
         if rows:
-            lines += [f"## {title}", "", *table(rows, columns)]
-    for one in told.get("comparisons", ()):
-        lines += [f"## A = {one['A']} against B = {one['B']}", "",
-                  *table(one["exponents"], ("exponent of", "A", "B", "B-A")),
-                  *table(one["levels"], ("level of", "A", "B", "B/A")),
-                  f"The levels are at C = {show(one['C'])}. " + (
-                      f"No crossing: {one['crossing']['reason']}." if "reason" in one["crossing"]
-                      else f"The losses cross at C = {show(one['crossing'])}."), "",
-                  "The compute that A needs to reach B's loss at C, over C:", "",
-                  *table(one["multiplier"], ("C", "value", "ci95")),
-                  one["reading"], *(f"WARNING: {warning}" for warning in one["warnings"]), ""]
-    warned = [f"- {warning}" for warning in told["warnings"]] or ["none"]
+            lines += [f"## {title}", "", *table(rows, hidden)]
+    warned = [f"- {warning}" for warning in report["warnings"]] or ["none"]
     return "\n".join([*lines, "## Warnings", "", *warned, ""])
 
-def sections(told, reference):
-    """(title, rows, columns) of every table; one without rows is left out."""
-    metrics, form = told["metrics"], told["parametric"]
-    own = {name: law["own_optimum"] for name, law in metrics.items() if "own_optimum" in law}
-    laws = {"N*": told["N_opt"], "D*": told["D_opt"], "loss": told["loss"]["power"], **metrics,
-            **{f"N* of {name}": law for name, law in own.items()}}
-    lines = [{"law": name, **law} for name, law in laws.items() if law and "refused" not in law]
-    for row, (_, exponent) in zip(lines, PAPER.values()):
-        row["the paper's exponent"] = exponent
-    floors = [{"law": name, **law["floor"]} for name, law in
-              {"loss": told["loss"], **metrics}.items() if law.get("floor")]
-    forms = [] if "refused" in form else [
-        {"constant": name, "value": form[name], "ci95": form["ci95"].get(name)}
-        for name in ("E", "A", "B", "alpha", "beta", "a", "starts", "starts_agree")]
-    methods = [{"method": name, "exponent of N*": a}
-               for name, a in told["method_spread"]["methods"].items()]
-    budgets = [{**row, "remarks": row["flags"] or row["reason"] and f"NOT USED: {row['reason']}"}
-               for row in told["budgets"]]
-    best = [{"C": row["C"], "N_opt": row["N_opt"]} for row in told["budgets"] if own]
-    for name, law in own.items():
-        for row, at_budget in zip(best, law["budgets"]):
-            row[name] = at_budget["N_opt"] or at_budget["reason"]
-    gaps = [f"{gap}{what}" for gap in ("difference", "ratio")
-            for what in ("", "_per_decade", "_is")]
-    beside = told.get("side_by_side", {"C": None, "rows": []})
-    missing = told["reasons"] | told.get("not_compared", {})
-    noise = told["noise"] | (told["noise"]["paired_se_percent"] or {})
-    return [
-        ("Lines: value = coefficient C^exponent", lines,
-         ["law", "exponent", "ci95", "jackknife95", "coefficient", "r2"]
-         + ["the paper's exponent"] * reference),
-        ("With a floor: value = L_inf + coefficient C^-exponent", floors,
-         ["law", "L_inf", "L_inf_ci95", "coefficient", "exponent", "ci95"]),
-        ("Parametric: loss = E + A N^-alpha + B D^-beta, so N* ~ C^a", forms,
-         ["constant", "value", "ci95"]),
-        ("The exponent of N* by method", methods, ["method", "exponent of N*"]),
-        ("Budgets", budgets,
-         ["C", "n_points", "N_opt", "N_opt_ci95", "D_opt", "loss_opt", "remarks"]),
-        ("Missing, and why", [{"what": name, "reason": why} for name, why in missing.items()],
-         ["what", "reason"]),
-        ("Noise of a point, % of the loss: between neighbouring sizes (paired), over seeds",
-         [noise], ["median", "worst", "seed_spread_percent"]),
-        ("Offsets: other data against the training data at N* (constant: the slope's interval "
-         "holds 0; for a ratio of its logarithm). Intervals are for the images evaluated",
-         [row for row in told["offsets"] if "refused" not in row], ["metric", "data", *gaps]),
-        ("The model best for FD, beside N_opt, the best for the loss", best, ["C", "N_opt", *own]),
-        ("Backtest: the top budgets left out and predicted from the rest", told["backtest"],
-         ["budgets_left_out", "left_out", "law", "predicted", "ci95", "measured", "error",
-          "N_error"]),
-        ("How much is enough: the law from the smallest budgets, predicting the loss of the top",
-         told["how_much_is_enough"],
-         ["budgets", "beyond", "exponent_N", "exponent_N_ci95", "exponent_L", "exponent_L_ci95",
-          "predicted", "ci95", "error"]),
-        ("What a count does: the same records, N counted in two ways", told.get("n_kinds"),
-         ["n_kind", "exponent", "ci95", "a_parametric"]),
-        ("Plan", plan_rows(told.get("plan")), ["what", "value"]),
-        ("The paper's own plan", plan_rows(told.get("paper_plan")), ["what", "value"]),
-        (f"The laws side by side, at C = {show(beside['C'])}", beside["rows"],
-         [*(beside["rows"] or [{}])[0]])]
+def sections(report, reference):
+    """(title, rows, hidden columns ..) of every table; one without rows is left out.
 
-def plan_rows(told):
-    """A plan as rows of a table, without what is missing (its reason is one of the rows)."""
-    flat = {**(told or {})}
-    for name, value in flat.pop("metrics", {}).items():
-        flat[f"{name} (metric)"] = value
-    return [{"what": name, "value": value} for name, value in flat.items() if value is not None]
+    Most are parts of law.json as they are. What decides whether to trust the law comes before what
+    it is good for.
+    """
+    metrics = report["metrics"]
+    own = {name: law["own_optimum"] for name, law in metrics.items() if "own_optimum" in law}
+    laws = {"N*": report["N_opt"], "D*": report["D_opt"], "loss": report["loss"]["power"],
+            **metrics, **{f"N* of {name}": law for name, law in own.items()}}
+    lines = [{"law": name, **law} for name, law in laws.items() if law and "refused" not in law]
+    if reference:
+        for row, (_, exponent) in zip(lines, PAPER.values()):
+            row["the paper's exponent"] = exponent
+    floors = [{"law": name, **law["floor"]} for name, law in
+              {"loss": report["loss"], **metrics}.items() if law.get("floor")]
+    budgets = [row | {"reason": row["reason"] and f"NOT USED: {row['reason']}"}
+               for row in report["budgets"]]
+    yield ("Lines: value = coefficient C^exponent", lines, "floor", "own_optimum",
+           "budgets", "coefficient_ci95")
+    yield ("With a floor: value = L_inf + coefficient C^-exponent", floors)
+    yield ("Parametric: loss = E + A N^-alpha + B D^-beta, so N* ~ C^a",
+           listed(report["parametric"]))
+    yield ("The exponent of N* by method", listed(report["method_spread"]["methods"]))
+    yield ("Budgets", budgets, "used")
+    yield ("Missing, and why", listed(report["reasons"] | report.get("not_compared", {})))
+    yield ("Noise of a point, % of the loss", listed(report["noise"]))
+    yield ("Offsets at N* from the training data (constant: the slope's interval holds 0)",
+           report["offsets"], "budgets", "against")
+    for name, law in own.items():
+        yield (f"The model best for {name}", law["budgets"])
+    yield ("Backtest: the top budgets, predicted from the rest", report["backtest"])
+    yield ("How much is enough: the smallest budgets predict the top one",
+           report["how_much_is_enough"], "left_out", "law", "measured", "N_error")
+    yield ("What a count does: N counted in two ways", report["n_kinds"])
+    yield ("Plan", listed(report["plan"]))
+    yield ("The paper's own plan", listed(report["paper_plan"]))
+    for one in report.get("comparisons", ()):
+        yield (f"A = {one['A']} against B = {one['B']}", one["exponents"])
+        yield (f"Levels at C = {show(one['C'])}", one["levels"])
+        yield ("The compute that A needs to reach B's loss at C, over C", one["multiplier"])
+        yield ("What follows", listed({"the losses cross at C =": one["crossing"],
+                                       "reading": one["reading"], "WARNING": one["warnings"]}))
+    if "side_by_side" in report:
+        beside = report["side_by_side"]
+        yield (f"The laws side by side, at C = {show(beside['C'])}", beside["rows"])
 
 # ---- the command -------------------------------------------------------------------------------
 
 def arguments(argv):
-    """The flags, or BadInput."""
-    parser = argparse.ArgumentParser(prog="fit.py", allow_abbrev=False, description="Fit a scaling "
-                                     "law to results directories or CSV files.")
+    """The flags. Raises BadInput."""
+    parser = argparse.ArgumentParser("fit.py", allow_abbrev=False, description="Fit a scaling law.")
     parser.add_argument("paths", nargs="*", metavar="PATH", default=["results/quick"],
                         help="results directories or CSV files (default: results/quick)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: PATH/law; ./law for "
-                        "a CSV, and with --plan, --compare or --reference)")
-    parser.add_argument("--metric", default="val_loss_ema", help="the loss to fit (train_loss is "
-                        "the paper's)")
-    parser.add_argument("--n", choices=("blocks", "total"), default="blocks",
-                        help="which parameters N counts")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="R",
-                        help="number of resamples")
-    parser.add_argument("--plan", metavar="C", help="FLOPs (1.5e21) or devices:hours:MFU "
-                        "(8xH100:72h:0.4)")
+    parser.add_argument("--out", type=Path, help="folder (default: PATH/law, or ./law for a CSV "
+                        "and with --plan, --compare, --reference)")
+    parser.add_argument("--metric", default="val_loss_ema", help="the loss (paper: train_loss)")
+    parser.add_argument("--n", choices=("blocks", "total"), default="blocks", help="what N counts")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="R", help="resamples")
+    parser.add_argument("--plan", metavar="C", help="FLOPs, or devices:hours:MFU (8xH100:72h:0.4)")
     parser.add_argument("--compare", metavar="PATH", nargs="+", default=[],
-                        help="other results directories or CSV files, each compared with the first")
-    parser.add_argument("--reference", choices=("paper",),
-                        help="draw and print the paper's laws beside ours")
+                        help="other results or CSV files, each compared with the first")
+    parser.add_argument("--reference", choices=("paper",), help="show the paper's laws too")
 
     def complain(message):
         raise BadInput(message)
@@ -1327,55 +1440,62 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.bootstrap < 20:
         raise BadInput(f"--bootstrap {args.bootstrap}: an interval needs 20 resamples")
+    if args.plan:
+        parse_plan(args.plan)  # complain before a minute of fitting, not after
     return args
 
 def run(args):
-    """Fit, compare, plan; write the page, the numbers and the pictures; print the page."""
+    """Fit, compare, plan; write the page, the numbers and the pictures; print the page.
+
+    Nothing is written before all is computed: a refusal leaves the files of an older law as they
+    are. Raises BadInput and Refused.
+    """
     paper = paper_plan(args.plan) if args.reference and args.plan else None
     if paper and args.paths == ["results/quick"] and not Path("results/quick").exists():
-        lines = table(plan_rows(paper), ["what", "value"])
-        print("\n".join(["## The paper's own plan", "", *lines]))
+        # The paper's plan needs no results of ours, as in a fresh clone.
+        print("\n".join(["## The paper's own plan", "", *table(listed(paper))]))
         return
-    if args.plan:
-        parse_plan(args.plan)  # complain before a minute of fitting, not after
     records, first = read(args.paths), Path(args.paths[0])
     if "N" in records[0] and (args.n, args.metric) != ("blocks", "val_loss_ema"):
         raise BadInput(f"--n {args.n} --metric {args.metric}: a CSV has one N and one loss")
     fitted = fit(records, args.metric, args.n, args.bootstrap)
-    told = summary(fitted)
-    told["n_kinds"] = both_counts(fitted, told, records, args)
-    if args.plan and not told["N_opt"]:
-        raise Refused(f"--plan {args.plan}: {told['reasons']['N_opt']}")
-    told |= {"plan": plan(fitted, args.plan) if args.plan else None, "paper_plan": paper}
-    if args.plan and told["plan"]["times_beyond_the_data"] > 1:
-        beyond = told["plan"]["times_beyond_the_data"]
-        told["warnings"].append(f"the plan EXTRAPOLATES {beyond:.3g} TIMES BEYOND THE LARGEST "
-                                "BUDGET MEASURED")
-    fits = {}
-    if args.compare:
-        fits = compare_all(fitted, told, args)
+    report = report_of(fitted)
+    if (args.plan or args.compare) and not report["N_opt"]:
+        raise Refused(f"{args.paths[0]} has no law for --plan or --compare: {too_few(fitted.law)}")
+    report |= {"n_kinds": both_counts(fitted, report, records, args), "plan": None,
+               "paper_plan": paper}
+    if args.plan:
+        report["plan"] = plan(fitted, args.plan)
+        beyond = report["plan"]["times_beyond_the_data"]
+        if beyond > 1:
+            report["warnings"].append(f"the plan EXTRAPOLATES {beyond:.3g} TIMES BEYOND THE "
+                                      "LARGEST BUDGET MEASURED")
+    fits = compare_all(fitted, report, args) if args.compare else {}
     # A question put to a law leaves the folder of the law alone.
     plain = first.is_dir() and not (args.plan or args.compare or args.reference)
     out = args.out or (first / "law" if plain else Path("law"))
     out.mkdir(parents=True, exist_ok=True)
-    text = page(told, bool(args.reference))
-    drawn = draw_all(out, fitted, told, fits, bool(args.reference))
+    text, numbers = page(report, args.reference), json.dumps(report, indent=1, allow_nan=False)
+    drawn = draw_all(out, fitted, report, fits, args.reference)
     write(out / "law.md", lambda file: file.write_text(text))
-    numbers = json.dumps(told, indent=1, allow_nan=False)
     write(out / "law.json", lambda file: file.write_text(numbers + "\n"))
     print(f"{text}\n{out}: law.md law.json {' '.join(drawn)}")
 
-def both_counts(fitted, told, records, args):
-    """The exponent of N* with N counted in both ways, a row for each that has one."""
+def both_counts(fitted, report, records, args):
+    """The exponent of N* with N counted in both ways, a row for each that has one.
+
+    Embedding and head are a large share of a small model and a small one of a large model. So
+    whether N counts them tilts the line (Porian et al. 2024); a reader should see by how much.
+    """
     if "N" in records[0]:
         return None
     rows = []
     for n_kind in (args.n, {"blocks": "total", "total": "blocks"}[args.n]):
         try:
-            bare = [{**record, "metrics": {}} for record in records]
+            bare = [{**record, "metrics": {}} for record in records]  # they would only take time
             one = fitted if n_kind == args.n else fit(bare, args.metric, n_kind, args.bootstrap)
         except Refused as reason:
-            told["warnings"].append(f"with the other count of N there is no law: {reason}")
+            report["warnings"].append(f"with the other count of N there is no law: {reason}")
             continue
         exponent = one.with_interval(lambda law: law.lines["N"].exponent)
         if one.law.lines["N"].exists:
@@ -1383,30 +1503,33 @@ def both_counts(fitted, told, records, args):
                          "a_parametric": None if one.law.form.refused else one.law.form.a})
     return rows
 
-def compare_all(fitted, told, args):
-    """Every path of --compare against the first. -> {name: Fit}; Refused where none has a law."""
+def compare_all(fitted, report, args):
+    """Every path of --compare against the first, into the report. -> {name: Fit}.
+
+    One without a law is named and passed over. Refused where none has one.
+    """
     paths = [args.paths[0], *args.compare]
     short = [Path(path).name for path in paths]
     names = short if len(set(short)) == len(short) else paths
-    if not told["N_opt"]:
-        raise Refused(f"--compare needs a law of {paths[0]}: {told['reasons']['N_opt']}")
-    fits, told["comparisons"], told["not_compared"] = {names[0]: fitted}, [], {}
+    fits, comparisons, without = {names[0]: fitted}, [], {}
     for k, (path, name) in enumerate(zip(paths[1:], names[1:]), 1):
         try:
+            # Another seed: two bootstraps with the same draws would not be independent.
             other = fit(read([path]), args.metric, args.n, args.bootstrap, seed=k)
             if not other.law.lines["N"].exists:
                 raise Refused(too_few(other.law))
-        except Refused as reason:  # the others can still be compared
-            told["not_compared"][name] = str(reason)
+        except Refused as reason:
+            without[name] = str(reason)
             continue
-        ends = [one.points.budgets[[0, -1]] for one in (fitted, other)]
-        budgets = list(np.geomspace(max(end[0] for end in ends), min(end[1] for end in ends), 3))
-        budgets += [told["plan"]["C"]] if args.plan else []
-        told["comparisons"].append(compare(fitted, other, (paths[0], path), budgets))
+        low, high = zip(*(one.points.budgets[[0, -1]] for one in (fitted, other)))
+        budgets = list(np.geomspace(max(low), min(high), 3))  # those that both have measured
+        budgets += [report["plan"]["C"]] if args.plan else []
+        comparisons.append(compare(fitted, other, (paths[0], path), budgets))
         fits[name] = other
-    if not told["comparisons"]:
-        raise Refused("; ".join(f"{name}: {why}" for name, why in told["not_compared"].items()))
-    told["side_by_side"] = side_by_side(fits)
+    if not comparisons:
+        raise Refused("; ".join(f"{name}: {why}" for name, why in without.items()))
+    report |= {"comparisons": comparisons, "not_compared": without,
+               "side_by_side": side_by_side(fits)}
     return fits
 
 def write(file, save):
@@ -1436,52 +1559,66 @@ UNITS = {"vlb": ", bits/dim", "nll": ", bits/dim", "vlb_minus_nll": ", bits/dim"
          "caption_accuracy": ", share of captions"}
 FLOPS = "C, training FLOPs"
 
-def draw_all(out, fitted, told, fits, reference):
+def draw_all(out, fitted, report, fits, reference):
     """Draw what there is into the folder; what an older law left goes. -> names of files."""
-    import matplotlib  # here and not above: it takes most of a second
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    has_metrics = any("refused" not in metric for metric in told["metrics"].values())
-    figures = {"law.png": draw_law(plt, fitted, told, reference),
-               "law_diagnostics.png": draw_diagnostics(plt, fitted, told),
-               "curves.png": draw_curves(plt, fitted, told),
-               "metrics.png": draw_metrics(plt, fitted, told) if has_metrics else None,
-               "compare.png": draw_comparison(plt, fits) if fits else None}
+    metrics = [name for name, law in report["metrics"].items() if "refused" not in law]
+    figures = {"law.png": draw_law(fitted, report, reference),
+               "law_diagnostics.png": draw_diagnostics(fitted, report),
+               "curves.png": draw_curves(fitted),
+               "metrics.png": draw_metrics(fitted, report, metrics) if metrics else None,
+               "compare.png": draw_comparison(fits) if fits else None}
     for name, figure in figures.items():
         if figure:
             write(out / name, lambda file: figure.savefig(file, dpi=110, format="png"))
-            plt.close(figure)
         else:
             (out / name).unlink(missing_ok=True)
     return [name for name, figure in figures.items() if figure]
 
-def log_axes(ax, xlabel, ylabel, title, fine=""):
-    """Logarithmic axes; `fine` names those ("x", "y") that span only a part of a decade.
+def new_figure(rows, columns, size, title=None):
+    """A figure of size (width, height) inches and its axes (rows, columns).
 
-    There matplotlib's own ticks say nothing or run into each other: these get round numbers.
+    Without pyplot, which would look for a screen and keep every figure alive.
     """
-    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    from matplotlib.figure import Figure  # takes most of a second: not for every import of fit
+    figure = Figure(size, layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+def colour_scale(values, name):
+    """A logarithmic colour map over positive values; its last tenth is too light to be read."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+    low, high = min(values), max(values)
+    return ScalarMappable(LogNorm(low, high * (high / low) ** (1 / 9)), name)
+
+def log_axes(ax, xlabel, ylabel, title, fine=""):
+    """Labels, a legend and logarithmic axes, after all is drawn. Hides axes with nothing on them.
+
+    `fine` names axes ("x", "y") that span only a part of a decade. There matplotlib's own ticks say
+    nothing or run into each other: these get round numbers.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
     ax.set_title(title, fontsize=10)
+    if not ax.has_data():
+        ax.axis("off")
+        return
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     ax.xaxis.set_minor_formatter("")
     for letter in fine:
         axis = getattr(ax, f"{letter}axis")
         low, high = axis.get_view_interval()
-        numbers = [m * 10.0**e for e in range(-6, 9) for m in (1, 2, 5)]
-        step = next(number for number in numbers if (high - low) / number < 8)
-        if high < 6 * low:
-            numbers = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-        axis.set_ticks([number for number in numbers if low <= number <= high])
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]) if high < 6 * low else
+                               LogLocator(subs=[1, 2, 5]))
         axis.set_major_formatter("{x:.4g}")
-        axis.set_ticks([], minor=True)
+        axis.set_minor_locator(NullLocator())
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8)
 
-def room_for_legend(ax, share):
-    """Higher by a share of what it spans, on a logarithmic axis."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** share)
+def draw_band(ax, fitted, kind, name, C, colour, label):
+    """A law of one kind ("lines" or "floors") over C with the middle 95% of its resamples.
 
-def band(ax, fitted, kind, name, C, colour, label):
-    """A law of one kind ("lines" or "floors") over C with the middle 95% of its resamples."""
+    At each C on its own: so the band widens away from the data, as it should.
+    """
     curves = np.array([getattr(law, kind)[name].predict(C) for law in fitted.draws])
     curves = curves[np.isfinite(curves).all(1)]
     ax.plot(C, getattr(fitted.law, kind)[name].predict(C), color=colour, lw=1.5, label=label)
@@ -1489,48 +1626,52 @@ def band(ax, fitted, kind, name, C, colour, label):
         low, high = np.quantile(curves, [0.025, 0.975], axis=0)
         ax.fill_between(C, low, high, color=colour, alpha=0.2, lw=0)
 
-def dots(ax, fitted, name, colours):
-    """What was found at every budget, with its interval."""
+def draw_line(ax, fitted, name, colour, label, dots=None, reach=1.3):
+    """A straight line with its band, and what was found at every budget, with its interval.
+
+    dots: (B, 4) their colours, if other than the line's. reach: how far beyond the budgets.
+    """
+    line, C = fitted.law.lines[name], fitted.points.budgets
+    if line.exists:
+        exponent = fitted.interval(lambda law: law.lines[name].exponent)
+        draw_band(ax, fitted, "lines", name, np.geomspace(C.min() / 1.3, C.max() * reach, 60),
+                  colour, f"{label} C^{line.exponent:.4f} {show(exponent)}")
     for b, vertex in enumerate(fitted.law.vertices):
         if math.isfinite(vertex.value(name)):
             ends = fitted.interval(lambda law: law.vertices[b].value(name)) or [math.nan] * 2
-            ax.plot([vertex.C] * 2, ends, color=colours[b], lw=2)
-            ax.plot(vertex.C, vertex.value(name), "o", color=colours[b], ms=5)
+            one = colour if dots is None else dots[b]
+            ax.plot([vertex.C] * 2, ends, color=one, lw=2)
+            ax.plot(vertex.C, vertex.value(name), "o", color=one, ms=5)
 
-def draw_law(plt, fitted, told, reference):
+def draw_law(fitted, report, reference):
     """law.png: a parabola per budget; N*(C), D*(C) and the loss over C."""
-    points, form, floor = fitted.points, fitted.law.form, told["loss"]["floor"]
-    colours = plt.cm.viridis(np.linspace(0, 0.9, len(points.budgets)))
-    figure, axes = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
-    figure.suptitle(f"Scaling law of {fitted.metric}: {len(points.N)} points at "
-                    f"{len(points.budgets)} budgets, 95% intervals")
+    points, law, floor = fitted.points, fitted.law, report["loss"]["floor"]
+    colours = colour_scale(points.budgets, "viridis").to_rgba(points.budgets)
+    figure, axes = new_figure(2, 2, (13, 10), f"Scaling law of {fitted.metric}: {len(points.N)} "
+                              f"points at {len(points.budgets)} budgets, 95% intervals")
     draw_parabolas(axes[0, 0], fitted, colours)
-    grid = np.geomspace(points.budgets.min() / 1.5, points.budgets.max() * 4, 60)
-    for ax, name, title, label, found in (
-            (axes[0, 1], "N", "How large", f"N*, parameters ({fitted.n_kind})", told["N_opt"]),
-            (axes[1, 0], "D", "On how much data", "D*, tokens", told["D_opt"]),
-            (axes[1, 1], "loss", "How good", f"{fitted.metric} at N*", told["loss"]["power"])):
-        if found:
-            band(ax, fitted, "lines", name, grid, "tab:blue", f"{found['coefficient']:.3g} "
-                 f"C^{found['exponent']:.4f} {show(found['ci95'])}")
-        dots(ax, fitted, name, colours)
+    C = np.geomspace(points.budgets.min() / 1.3, points.budgets.max() * 4, 60)
+    for ax, name, title, label in (
+            (axes[0, 1], "N", "How large", f"N*, parameters ({fitted.n_kind})"),
+            (axes[1, 0], "D", "On how much data", "D*, tokens"),
+            (axes[1, 1], "loss", "How good", f"{fitted.metric} at N*")):
+        line = law.lines[name]
+        draw_line(ax, fitted, name, "tab:blue", f"{line.coefficient:.3g}", colours, reach=4)
         if name == "loss" and floor:
-            band(ax, fitted, "floors", name, grid, "tab:orange", f"{floor['L_inf']:.3g} + "
-                 f"{floor['coefficient']:.3g} C^-{floor['exponent']:.4f}")
-        if name != "loss" and not form.refused:
-            best = dict(zip("ND", form.optimum(grid)))[name]
-            ax.plot(grid, best, "--", color="gray", lw=1, label="parametric form")
+            draw_band(ax, fitted, "floors", name, C, "tab:orange", f"{floor['L_inf']:.3g} + "
+                      f"{floor['coefficient']:.3g} C^-{floor['exponent']:.4f}")
+        if name != "loss" and not law.form.refused:
+            best = dict(zip("ND", law.form.optimum(C)))[name]
+            ax.plot(C, best, "--", color="gray", lw=1, label="parametric form")
         if reference:
-            k, p = PAPER[name]
-            ax.plot(grid, k * grid**p, "k:", label="the paper")
-        title += "" if found else f": no law, {told['reasons']['N_opt']}"
-        log_axes(ax, FLOPS, label, title, "y" if name == "loss" and found else "")
-        device_hours(ax, flops_per_second(points))
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
+            coefficient, exponent = PAPER[name]
+            ax.plot(C, coefficient * C**exponent, "k:", label="the paper")
+        title += "" if line.exists else f": no law, {too_few(law)}"
+        log_axes(ax, FLOPS, label, title, "y" if name == "loss" else "")
+        add_device_hours(ax, flops_per_second(points))
     return figure
 
-def device_hours(ax, speed):
+def add_device_hours(ax, speed):
     """A second axis above one of C, where the records tell the speed of a device."""
     if speed:
         hours = (lambda C: C / speed / 3600, lambda hours: hours * speed * 3600)
@@ -1543,138 +1684,149 @@ def draw_parabolas(ax, fitted, colours):
     """Loss over N: a parabola per budget, its vertex a star; hollow points are in no window."""
     points = fitted.points
     for b, vertex in enumerate(fitted.law.vertices):
-        all_, N, loss = points.budget == b, points.N[vertex.window], points.loss[vertex.window]
-        ax.plot(points.N[all_], points.loss[all_], "o", mfc="none", color=colours[b], ms=5)
+        here, N, loss = points.budget == b, points.N[vertex.window], points.loss[vertex.window]
+        ax.plot(points.N[here], points.loss[here], "o", mfc="none", color=colours[b], ms=5)
         ax.plot(N, loss, "o", color=colours[b], ms=5, label=f"{vertex.C:.2g}")
         if not vertex.reason:
             N, best = np.geomspace(N.min(), N.max(), 60), vertex.value("N")
             bowl = vertex.value("loss") * np.exp(vertex.curvature * np.log(N / best) ** 2)
             ax.plot(N, bowl, color=colours[b], lw=1)
             ax.plot(best, vertex.value("loss"), "*", color="crimson", ms=12, mec="white", zorder=5)
+    # Points far from the optimum may be cut off: they would flatten the parabolas.
     inside = points.loss[np.concatenate([vertex.window for vertex in fitted.law.vertices])]
-    ax.set_ylim(0.98 * points.loss.min(), inside.max())
-    room_for_legend(ax, 0.3)
+    low, high = 0.98 * points.loss.min(), inside.max()
+    ax.set_ylim(low, high * (high / low) ** 0.3)  # the legend goes above
     log_axes(ax, f"N, parameters ({fitted.n_kind})", fitted.metric,
              "One parabola per budget (star: its vertex; hollow: not in its window)", "y")
-    if len(points.budgets) <= 15:
-        ax.legend(title="C, FLOPs", fontsize=8, title_fontsize=8, loc="upper center", ncols=5)
+    legend = ax.legend(title="C, FLOPs", fontsize=8, loc="upper center", ncols=5)
+    legend.set_visible(len(points.budgets) <= 15)
 
-def draw_metrics(plt, fitted, told):
-    """metrics.png: a panel for each metric at N* over C, a colour for each data set."""
-    laws = {name: law for name, law in told["metrics"].items() if "refused" not in law}
-    metrics, C = sorted({name.split(" on ")[0] for name in laws}), fitted.points.budgets
-    columns, rows = min(3, len(metrics)), math.ceil(len(metrics) / 3)
-    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
-                                figsize=(5.5 * columns, 0.6 + 4.6 * rows))
-    figure.suptitle(f"Metrics at the N* of {fitted.metric}, 95% intervals")
-    grid = np.geomspace(C.min() / 1.3, C.max() * 1.3, 40)
+def draw_metrics(fitted, report, names):
+    """metrics.png: a panel for each metric at N* over C, a colour for each data set.
+
+    names: of the metrics that have a law, as "METRIC on DATA".
+    """
+    metrics = sorted({name.split(" on ")[0] for name in names})
+    rows, columns = math.ceil(len(metrics) / 3), min(3, len(metrics))
+    figure, axes = new_figure(rows, columns, (5.5 * columns, 0.6 + 4.6 * rows),
+                              f"Metrics at the N* of {fitted.metric}, 95% intervals")
     for ax, metric in zip(axes.flat, metrics):
-        for k, name in enumerate(name for name in laws if name.split(" on ")[0] == metric):
-            band(ax, fitted, "lines", name, grid, f"C{k}", f"{name.split(' on ', 1)[1]}: "
-                 f"C^{laws[name]['exponent']:.4f} {show(laws[name]['ci95'])}")
-            dots(ax, fitted, name, [f"C{k}"] * len(C))
+        for k, name in enumerate(name for name in names if name.split(" on ")[0] == metric):
+            draw_line(ax, fitted, name, f"C{k}", f"{name.split(' on ', 1)[1]}:")
         verdicts = [f"{row['data']} - {row['against']}: difference {row['difference_is']}, ratio "
-                    f"{row['ratio_is']}" for row in told["offsets"]
+                    f"{row['ratio_is']}" for row in report["offsets"]
                     if row["metric"] == metric and "refused" not in row]
-        room_for_legend(ax, 0.25)
+        ax.set_yscale("log")
+        ax.margins(y=0.2)  # for the legend
         log_axes(ax, FLOPS, metric + UNITS.get(metric, ""), "\n".join([metric, *verdicts]), "y")
-        ax.legend(fontsize=8, loc="upper center")
     for ax in axes.flat[len(metrics):]:
         ax.set_visible(False)
     return figure
 
-def draw_diagnostics(plt, fitted, told):
+def draw_diagnostics(fitted, report):
     """law_diagnostics.png: residuals, the clouds of the bootstrap, how much is enough."""
-    points, form, rows = fitted.points, fitted.law.form, told["how_much_is_enough"]
-    figure, axes = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
-    figure.suptitle(f"Diagnostics of the law of {fitted.metric}")
-    used = np.concatenate([vertex.window for vertex in fitted.law.usable()] or [[]]).astype(int)
-    best = np.array([vertex.value("N") for vertex in fitted.law.vertices])[points.budget]
-    residual = np.array([point["residual"] for point in told["points"]])
-    draw_residuals(figure, axes[0, 0], points, used, np.log2(points.N / best), residual,
+    points, law, draws = fitted.points, fitted.law, fitted.draws
+    figure, axes = new_figure(2, 2, (13, 10), f"Diagnostics of the law of {fitted.metric}")
+    # Residuals are 0, which says nothing, where a budget has no parabola or a point is outside.
+    used = np.concatenate([vertex.window for vertex in law.usable()] or [[]]).astype(int)
+    best = np.array([vertex.value("N") for vertex in law.vertices])[points.budget]  # (n,)
+    missed = np.log(points.loss) - fitted.noise.fitted[0]  # (n,)
+    draw_residuals(axes[0, 0], points.take(used), np.log2(points.N / best)[used], missed[used],
                    "log2 of N/N*", "Parabolas")
-    if not form.refused:
-        rest = np.log(points.loss / form.loss(points.N, points.D))
-        draw_residuals(figure, axes[0, 1], points, slice(None), np.log10(points.N), rest,
-                       "log10 of N", "Parametric form")
-    clouds, forms = axes[1, 0], [law.form for law in fitted.draws]
-    clouds.plot([law.lines["N"].exponent for law in fitted.draws],
-                [-law.floors["loss"].exponent for law in fitted.draws], ".", ms=3, alpha=0.4,
-                label="parabolas and law with floor")
-    clouds.plot([one.a for one in forms], [one.alpha * one.a for one in forms], ".", ms=3,
-                alpha=0.4, label="parametric form")
-    clouds.set(xlabel="exponent of N*", ylabel="exponent of the loss above its floor",
-               title=f"{len(fitted.draws)} bootstrap resamples")
-    clouds.legend(fontsize=8)
-    enough, budgets = axes[1, 1], [row["budgets"] for row in rows]
-    for row in rows:
-        enough.plot([row["budgets"]] * 2, row["exponent_N_ci95"] or [math.nan] * 2, "C0", lw=2)
-    enough.plot(budgets, [row["exponent_N"] for row in rows], "o-", color="C0")
-    enough.set(xlabel="law from the smallest k usable budgets", title="How much is enough?",
-               xticks=budgets)
-    enough.set_ylabel("exponent of N*", color="C0")
-    error = enough.twinx()
-    error.plot(budgets, [100 * row["error"] for row in rows], "s--", color="C1")
-    error.set_ylabel("error of the predicted loss of the top budget, %", color="C1")
+    missed = np.log(points.loss / law.form.loss(points.N, points.D))  # nan without a form
+    draw_residuals(axes[0, 1], points, np.log10(points.N), missed, "log10 of N", "Parametric form")
+    clouds = {"parabolas and law with floor": [(draw.lines["N"].exponent,
+                                                -draw.floors["loss"].exponent) for draw in draws],
+              "parametric form": [(draw.form.a, draw.form.alpha * draw.form.a) for draw in draws]}
+    for name, cloud in clouds.items():
+        axes[1, 0].plot(*np.transpose(cloud), ".", ms=3, alpha=0.4, label=name)
+    axes[1, 0].set(xlabel="exponent of N*", ylabel="exponent of the loss above its floor",
+                   title=f"{len(draws)} bootstrap resamples")
+    axes[1, 0].legend(fontsize=8)
+    draw_how_much(axes[1, 1], report["how_much_is_enough"])
     return figure
 
-def draw_residuals(figure, ax, points, chosen, x, residual, label, title):
-    """What a fit leaves over; the colour is the budget."""
-    shown = ax.scatter(x[chosen], 100 * residual[chosen], s=18, c=np.log10(points.C[chosen]))
-    figure.colorbar(shown, ax=ax, label="log10 of C")
-    ax.axhline(0, color="gray", lw=0.7)
-    ax.set(xlabel=label, ylabel="residual, % of the loss",
-           title=f"{title}: what is left over (a pattern is a misfit)")
+def draw_how_much(ax, rows):
+    """The exponent of N* from the smallest budgets, and how well they predict the top one."""
+    ax.set_title("How much is enough?")
+    if not rows:
+        ax.axis("off")
+        return
+    budgets = [row["budgets"] for row in rows]
+    for row in rows:
+        ax.plot([row["budgets"]] * 2, row["exponent_N_ci95"] or [math.nan] * 2, "C0", lw=2)
+    ax.plot(budgets, [row["exponent_N"] for row in rows], "o-", color="C0")
+    ax.set(xlabel="law from the smallest k usable budgets", xticks=budgets)
+    ax.set_ylabel("exponent of N*", color="C0")
+    error = ax.twinx()
+    error.plot(budgets, [100 * row["error"] for row in rows], "s--", color="C1")
+    error.set_ylabel("error of the predicted loss of the top budget, %", color="C1")
 
-def draw_comparison(plt, fits):
+def draw_residuals(ax, points, x, residual, label, title):
+    """What a fit leaves over of ln loss, (n,) over x; the colour is the budget."""
+    ax.set_title(f"{title}: what is left over (a pattern is a misfit)")
+    if not np.isfinite(residual).any():
+        ax.axis("off")
+        return
+    shown = ax.scatter(x, 100 * residual, s=18, c=np.log10(points.C))
+    ax.figure.colorbar(shown, ax=ax, label="log10 of C")
+    ax.axhline(0, color="gray", lw=0.7)
+    ax.set(xlabel=label, ylabel="residual, % of the loss")
+
+def draw_comparison(fits):
     """compare.png: loss at N*, N*, and epochs where images were repeated; a colour a law."""
-    figure, axes = plt.subplots(1, 3, figsize=(19.5, 5.5), layout="constrained")
+    repeated = any(record.get("epochs") for one in fits.values() for record in one.points.records)
+    figure, axes = new_figure(1, 2 + repeated, (6.5 * (2 + repeated), 5.5))
     for k, (name, fitted) in enumerate(fits.items()):
-        colour = f"C{k % 10}"
-        C = fitted.points.budgets
-        grid = np.geomspace(C.min() / 1.2, C.max() * 1.2, 40)
-        for ax, what in zip(axes, ("loss", "N")):
-            exponent = fitted.with_interval(lambda law: law.lines[what].exponent)
-            band(ax, fitted, "lines", what, grid, colour, f"{name}: C^{show(exponent)}")
-            ax.plot(*curve(fitted.law.vertices, what), "o", color=colour, ms=5)
+        for ax, what in zip(axes[0], ("loss", "N")):
+            draw_line(ax, fitted, what, f"C{k % 10}", f"{name}:")
         per_epoch = [record["D"] / record["epochs"] for record in fitted.points.records
                      if record.get("epochs")]
         if per_epoch:
-            _, D = curve(fitted.law.vertices, "D")
-            _, loss = curve(fitted.law.vertices, "loss")
-            axes[2].plot(D / np.median(per_epoch), loss, "o-", color=colour, ms=5, label=name)
-    log_axes(axes[0], FLOPS, "loss at N*", "How good: the loss at N*", "y")
-    log_axes(axes[1], FLOPS, "N*, parameters", "How large: N*")
-    log_axes(axes[2], "epochs at N*", "loss at N*", "How often was an image seen", "xy")
-    for ax in axes:
-        if ax.lines:
-            ax.legend(fontsize=8)
-        else:
-            ax.remove()
+            D, loss = (curve(fitted.law.vertices, what)[1] for what in ("D", "loss"))
+            axes[0, 2].plot(D / np.median(per_epoch), loss, "o-", color=f"C{k % 10}", label=name)
+    log_axes(axes[0, 0], FLOPS, "loss at N*", "How good: the loss at N*", "y")
+    log_axes(axes[0, 1], FLOPS, "N*, parameters", "How large: N*")
+    if repeated:
+        log_axes(axes[0, 2], "epochs at N*", "loss at N*", "How often was an image seen", "xy")
     return figure
 
-def draw_curves(plt, fitted, told):
+def draw_curves(fitted):
     """curves.png: why one run serves many budgets. Every run's loss over C, the best run marked."""
-    points = fitted.points
-    figure, ax = plt.subplots(figsize=(11, 7), layout="constrained")
-    scale = plt.matplotlib.colors.LogNorm(points.N.min(), points.N.max() ** 1.02)
+    points, scale = fitted.points, colour_scale(fitted.points.N, "plasma")
+    figure, ((ax,),) = new_figure(1, 1, (11, 7))
+    faint = ""
     for run in range(points.run.max() + 1):
         here = np.flatnonzero(points.run == run)
         here = here[np.argsort(points.C[here])]
-        ax.plot(points.C[here], points.loss[here], "o-", ms=3.5, lw=1.2,
-                color=plt.cm.plasma(scale(points.N[here[0]])))
+        colour = scale.to_rgba(points.N[here[0]])
+        ax.plot(points.C[here], points.loss[here], "o-", ms=3.5, lw=1.2, color=colour)
+        C, loss = training_curve(points.records[here[0]])
+        ax.plot(C, loss, color=colour, lw=0.6, alpha=0.35, zorder=1)
+        faint = " (faint: training loss)" if len(C) else faint
+    # The first steps have far higher losses: they are cut off.
+    ax.set(xscale="log", xlim=(points.C.min() / 2.5, points.C.max() * 1.4), yscale="log",
+           ylim=(points.loss.min() / 1.05, points.loss.max() * 1.1))
     for b, C in enumerate(points.budgets):
         here = np.flatnonzero(points.budget == b)
         best = here[points.loss[here].argmin()]
         ax.axvline(C, color="gray", lw=0.7, ls="--", zorder=0)
         ax.plot(points.C[best], points.loss[best], "*", color="crimson", ms=14, mec="white",
                 zorder=5)
-    passes = ("A run passes through every budget on its way (dashed cuts)" if told["nested"] else
-              "The loss of every size at every budget (dashed cuts)")
-    log_axes(ax, FLOPS, fitted.metric, f"{passes}. Star: the lowest at a cut", "y")
-    figure.colorbar(plt.cm.ScalarMappable(scale, "plasma"), ax=ax,
-                    label=f"N, parameters ({fitted.n_kind})")
+    passes = ("A run passes through every budget on its way (dashed cuts)" if fitted.noise.nested
+              else "The loss of every size at every budget (dashed cuts)")
+    log_axes(ax, FLOPS, fitted.metric + faint, f"{passes}. Star: the lowest at a cut", "y")
+    figure.colorbar(scale, ax=ax, label=f"N, parameters ({fitted.n_kind})")
     return figure
+
+def training_curve(record):
+    """(2, steps) C and smoothed training loss of a record's run, as far as its log can be read."""
+    rows, log = [], Path(record.get("run", "")) / "log.jsonl"
+    with suppress(OSError, ValueError, KeyError):  # the last line of a killed run is torn
+        for text in log.read_text().splitlines():
+            row = json.loads(text)
+            rows.append((row["C"], row["train_loss_smooth"]))
+    return np.array(rows).reshape(-1, 2).T
 
 if __name__ == "__main__":
     sys.exit(main())
