@@ -612,54 +612,77 @@ def residual_maker(N, degree=2):
     return np.eye(len(N)) - basis @ basis.T
 
 def measure_noise(points, law):
-    """The Noise of the points, from their residuals.
+    """The Noise of the points, from their residuals about the parabolas. The model is
 
-    A run that is lucky at one budget is lucky at the next: its points share weights. Residuals are
-    smaller and less correlated than errors, because a parabola of 3 constants follows the errors.
-    With r = M e for standardised residuals and K marking pairs of one run at two budgets,
-    E[r' K r] = correlation tr(K M K M), which gives the correlation of the errors.
+        ln value = parabola + scale (sqrt(rho) e_run + sqrt(1 - rho) e_point),  e normal.
+
+    A run that is lucky at one budget is lucky at the next, because its points share weights: hence
+    rho, which is measured on the loss and taken for the metrics too. Errors of loss and metrics
+    correlate as their residuals do. A point outside its window, or at a budget without a vertex,
+    has no residual. There the scale is 0, and a resample leaves the point as it is.
     """
     values = np.log(np.stack([points.loss, *points.metrics.values()]))  # (k, n)
-    # M takes errors of ln loss to residuals, budget by budget.
     residual, scale = np.zeros_like(values), np.zeros_like(values)
-    M = np.zeros((len(points.N), len(points.N)))  # (n, n)
+    projector = np.zeros((len(points.N), len(points.N)))  # of the loss: errors to residuals
     for vertex in law.usable():
         for row in range(len(values)):
             here = vertex.window[np.isfinite(values[row, vertex.window])]
-            if len(np.unique(points.N[here])) >= 4:
-                maker = residual_maker(points.N[here])
-                residual[row, here] = rest = maker @ values[row, here]
-                scale[row, here] = math.sqrt(rest @ rest / (len(here) - 3))  # 3 were fitted
-                if row == 0:
-                    M[np.ix_(here, here)] = maker
+            if len(np.unique(points.N[here])) < 4:
+                continue
+            maker = residual_maker(points.N[here])
+            residual[row, here] = maker @ values[row, here]
+            # A parabola has 3 constants, which take 3 degrees of freedom.
+            scale[row, here] = math.sqrt((residual[row, here] ** 2).sum() / (len(here) - 3))
+            if row == 0:
+                projector[np.ix_(here, here)] = maker
     unit = residual / np.maximum(scale, 1e-300)  # in standard deviations
-    same_run = points.run[:, None] == points.run
-    K = (same_run & (points.budget[:, None] != points.budget)).astype(float)  # (n, n)
-    along_runs = unit[0] @ K @ unit[0] / max(np.trace(K @ M @ K @ M), 1e-300)
-    correlation = float(np.clip(along_runs, 0, 1))
-    length = np.maximum(np.linalg.norm(unit, axis=1), 1e-300)
-    unit /= length[:, None]
-    between = unit @ unit.T
-    np.fill_diagonal(between, 1 + 1e-9)  # two metrics that agree would make it singular
-    # Of its roots the triangular one: then the metrics do not change the errors of the loss, and
-    # evaluating a model leaves the law of the loss as it is.
-    mixing = np.linalg.cholesky(between)
+    correlation = correlation_along_runs(points, unit[0], projector)
     nested = correlation > 0.25 if points.nested is None else points.nested
-    return Noise(values - residual, scale, mixing, correlation, nested)
+    return Noise(values - residual, scale, mixing_of(unit), correlation, nested)
+
+def correlation_along_runs(points, unit, projector):
+    """rho, the correlation of two errors of one run, from standardised residuals (n,).
+
+    Residuals are smaller and less correlated than errors, because the parabolas follow the errors.
+    With r = M e for the projector M and K marking pairs of one run at two budgets, E[r' K r] =
+    rho tr(K M K M): M has no entries between budgets and K none within, so tr(K M M) = 0.
+    """
+    same_run = points.run[:, None] == points.run
+    other_budget = points.budget[:, None] != points.budget
+    pairs = (same_run & other_budget).astype(float)  # (n, n)
+    expected = np.trace(pairs @ projector @ pairs @ projector)
+    return float(np.clip(unit @ pairs @ unit / max(expected, 1e-300), 0, 1))
+
+def mixing_of(unit):
+    """(k, k) matrix that gives independent errors the correlation of standardised residuals (k, n).
+
+    A point where a metric was not measured counts as a residual of 0. Of the roots of the
+    correlation the triangular one: its first row is (1, 0, ...), so the errors of the loss stay
+    what they are whatever metrics were evaluated.
+    """
+    length = np.maximum(np.linalg.norm(unit, axis=1), 1e-300)
+    direction = unit / length[:, None]
+    correlation = direction @ direction.T
+    np.fill_diagonal(correlation, 1 + 1e-9)  # two metrics that agree would make it singular
+    return np.linalg.cholesky(correlation)
 
 def resample(points, noise, seed):
     """Points that might as well have been measured.
 
-    Independent points are drawn with replacement inside each budget (Efron 1979). Points that share
-    runs keep their sizes and get new errors (a parametric bootstrap), of the variance measured at
-    each budget and the correlation measured along runs and between metrics. To draw whole runs, the
-    usual clustered bootstrap, fails here: of nine drawn runs only six differ, and that few make
-    windows of another shape, at all budgets at once.
+    Points that share runs get new errors and keep their sizes (a parametric bootstrap). To draw
+    whole runs, the usual bootstrap of clusters, fails here: nine draws of nine runs hold six
+    different ones, so that all budgets at once lose a third of their sizes.
     """
     rng = np.random.default_rng(seed)
-    if not noise.nested:
-        groups = [np.flatnonzero(points.budget == b) for b in range(len(points.budgets))]
-        return points.take(np.concatenate([rng.choice(group, len(group)) for group in groups]))
+    return with_new_errors(points, noise, rng) if noise.nested else drawn_again(points, rng)
+
+def drawn_again(points, rng):
+    """Independent points, drawn with replacement inside each budget (Efron 1979)."""
+    groups = [np.flatnonzero(points.budget == b) for b in range(len(points.budgets))]
+    return points.take(np.concatenate([rng.choice(group, len(group)) for group in groups]))
+
+def with_new_errors(points, noise, rng):
+    """The same sizes and runs, with errors of the model of measure_noise about the parabolas."""
     runs = points.run.max() + 1
     normal = rng.standard_normal((len(noise.scale), runs + len(points.N)))
     of_run, of_point = normal[:, points.run], normal[:, runs:]  # both (k, n)
@@ -1363,11 +1386,13 @@ def page(report, reference=False):
              f"{report['n_points']} points of {report['runs']} runs at {len(report['budgets'])} "
              f"budgets. N: {report['n_kind']}; C: {report['c_kind']}. Intervals 95% from "
              f"{report['resamples']} resamples; points {kind}.", ""]
+    # What a reader must know before the numbers stands before them.
+    warned = [f"- {warning}" for warning in report["warnings"]] or ["none"]
+    lines += ["## Warnings", "", *warned, ""]
     for title, rows, *hidden in sections(report, reference):
         if rows:
             lines += [f"## {title}", "", *table(rows, hidden)]
-    warned = [f"- {warning}" for warning in report["warnings"]] or ["none"]
-    return "\n".join([*lines, "## Warnings", "", *warned, ""])
+    return "\n".join(lines)
 
 def sections(report, reference):
     """(title, rows, hidden columns ..) of every table; one without rows is left out.

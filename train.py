@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
-from data import (DataConfig, about_remarks, check_flags, differences, errors_in_one_line, flag,
-                  load_data, one_line, parse_flags, ranks, read_json, save_grid, seeded,
+from data import (DataConfig, about_remarks, check_flags, defines, differences, errors_in_one_line,
+                  flag, load_data, one_line, parse_flags, ranks, read_json, save_grid, seeded,
                   write_array, write_json, write_whole)
 from fit import PEAK
 from model import FAMILY_CONFIG, DiT, ModelConfig
@@ -47,6 +47,7 @@ MIN_STEPS, MIN_WARMUPS = 50, 5   # a shorter run says more of its start than of 
 CHECKPOINT_SECONDS = 60          # how much work a kill -9 may cost
 LOG_STEPS = 10                   # the losses of so many steps are fetched from the device at once
 VALIDATION_SEED, VALIDATION_IMAGES, VALIDATION_BATCH = 0, 8192, 64
+VALIDATION_TIMES = "logit_normal"   # whatever the times in training: all losses are of one kind
 RAW_SHARE = 16                   # raw weights are validated on one image in so many
 SAMPLES, SAMPLE_STEPS = 8, 8     # in the picture of a point
 CPU_BFLOAT16_WIDTH = 128         # bfloat16 pays from here (python tests/bench/speed.py rules)
@@ -58,10 +59,19 @@ PRESETS = {"quick": {},
 
 @dataclass(frozen=True)
 class TrainConfig:
-    budget: List[float] = flag([3e11], "training FLOPs, one or several rising numbers")
-    out: Optional[str] = flag(None, "folder (default: results/train/depth.._width.._seed..)")
+    """The flags of training. A new one needs a line here, and its use.
+
+    Folders that were begun before it mean its default, and `sweep.py --vary` takes it. One that
+    changes no result says defines=False: it may then differ when a run is resumed.
+    """
+
+    budget: List[float] = flag([3e11], "training FLOPs, one or several rising numbers",
+                               defines=False)
+    out: Optional[str] = flag(None, "folder (default: results/train/depth.._width.._seed..)",
+                              defines=False)
     preset: Literal["quick", "paper"] = flag(
-        "quick", "defaults of the other flags: quick (a laptop) or paper (arXiv 2410.08184)")
+        "quick", "defaults of the other flags: quick (a laptop) or paper (arXiv 2410.08184)",
+        defines=False)
     seed: int = flag(0, "of the weights, the order of the data and all noise in training")
     count: Literal["exact", "6nd"] = flag("exact", "what a budget counts: every product, or 6*N*D")
     batch: int = flag(16, "images a step, over all devices (the paper: 1024)")
@@ -82,9 +92,10 @@ class TrainConfig:
         f"(a CPU: from width {CPU_BFLOAT16_WIDTH}), else float32")
     compile: Literal["auto", "on", "off"] = flag(
         "auto", "torch.compile; auto: on a GPU (on a CPU it takes half a minute)")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train", defines=False)
     threads: Optional[int] = flag(
-        None, f"CPU threads (default: all cores, but at most width / {THREAD_WIDTH} on a CPU)")
+        None, f"CPU threads (default: all cores, but at most width / {THREAD_WIDTH} on a CPU)",
+        defines=False)
 
     def __post_init__(self):
         check_flags(self, "batch micro_batches accumulate warmup threads", lambda n: n >= 1,
@@ -217,8 +228,8 @@ def validation_batches(data, images, rank=0, world=1, first=None):
     """This rank's share of the fixed validation set, or of its `first` images.
 
     -> (indices, (x, eps, t, text, text_mask)). All is drawn on the CPU and depends on neither the
-    run's seed nor the devices, so it is the same for every run of a sweep. Times are one in each of
-    `images` slices of the logit-normal, whatever the times in training are.
+    run's seed nor the devices, so it is the same for every run of a sweep. There is one time in
+    each of `images` slices of VALIDATION_TIMES.
     """
     stratum = torch.randperm(images, generator=seeded(VALIDATION_SEED, images))
     for start in range(rank * VALIDATION_BATCH, first or images, world * VALIDATION_BATCH):
@@ -228,7 +239,7 @@ def validation_batches(data, images, rank=0, world=1, first=None):
         x = data.to_x(raw, generator)                                                # (B, C, R, R)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
         jitter = torch.rand(len(index), generator=generator)                         # (B,)
-        t = flow.stratified_times(stratum[index], images, jitter).to(x.device)
+        t = flow.stratified_times(stratum[index], images, jitter, VALIDATION_TIMES).to(x.device)
         yield index, (x, eps, t, text, text_mask)
 
 def validation_losses(model, data, n, precision, rank=0, world=1, first=None):
@@ -282,13 +293,13 @@ def point_folder(out, budget):
     return os.path.join(out, f"budget_{budget:.4g}")
 
 def definition_of(model_config, data_config, config, encoders):
-    """What defines a run, so what a resumed one must agree with. The budgets are no part of it.
+    """What defines a run, so what a resumed one must agree with.
 
-    encoders: of the data set (`data.encoders`): the weights that made its latents and features.
+    The budgets are no part of it, because nothing in a step depends on them: a schedule that did
+    would have to stand here. encoders: of the data set (`data.encoders`), the weights that made its
+    latents and features.
     """
-    settings = asdict(config)
-    for name in ("budget", "out", "preset", "device", "threads"):
-        del settings[name]
+    settings = {name: value for name, value in asdict(config).items() if defines(config, name)}
     definition = {"schema": SCHEMA, "model": asdict(model_config), "data": asdict(data_config),
                   "train": settings}
     return {**definition, "encoders": encoders} if encoders else definition
@@ -370,7 +381,9 @@ def ema_exponent(relative_width):
 class TrainState:
     """One model on its way to its budgets: settings, data, weights, optimiser and counters.
 
-    checkpoint.pt holds what changes from step to step. Raises ValueError for what can't be trained.
+    train_step works right after it is made: sweep.py times steps so. Nothing is written before
+    `save`, whose checkpoint.pt holds what changes from step to step. Raises ValueError for what
+    can't be trained.
     """
 
     COUNTERS = ("step", "seconds", "evaluation_seconds", "start_loss", "start_loss_expected",
@@ -556,6 +569,7 @@ def log_step(state, norm, bar, log):
     bar.set_postfix_str(f"loss {smooth:.4f}, {C:.3g} FLOPs done, "
                         + (f"MFU {mfu:.1%}" if mfu else f"{rate / 1e9:.0f} GFLOP/s"))
     if state.step % LOG_STEPS == 0:
+        # lr is that of all but the hidden matrices, whose rate falls with the width (mup).
         line = {"step": state.step, "C": C, "train_loss": state.loss.item(),
                 "train_loss_smooth": smooth, "grad_norm": gradient,
                 "lr": state.optimizer.param_groups[-1]["lr"], "seconds": round(state.seconds, 3)}
