@@ -1,13 +1,13 @@
 """Where do images, captions and their features come from?
 
-Two classes give them, behind one interface (`Source`):
+Three classes give them, behind one interface (`Source`):
 
-    Scenes         an endless world of captioned shapes, drawn on the device; nothing to download
-    StoredImages   a table of rows that `datasets.load_dataset` reads (parquet, a folder, tars, a
-                   hub name), as pixels; as latents, where `prepare` has had a VAE look at them
+    Scenes          an endless world of captioned shapes, drawn on the device; nothing to download
+    StoredImages    rows that `datasets.load_dataset` reads (parquet, a folder, tars, a hub name)
+    StoredLatents   the same rows as `prepare` wrote them, after a VAE has looked at them
 
 Images are 8-bit pixels k, turned into x = (k + u) / 128 - 1 with u uniform in [0, 1). Latents are
-x = (mean + std n - shift) / scale with n normal. Both u and n are drawn anew at each use.
+x = (mean + std noise - shift) / scale with normal noise. u and noise are drawn anew at each use.
 Captions become features by the `hash` encoder (each word is a frozen pseudo-random vector), or by
 CLIP or T5. Nothing that is downloaded is executed, and no pickle is read.
 
@@ -144,10 +144,10 @@ def write_array(path, array):
             np.save(file, array)
     write_whole(path, write)
 
-def read_json(path, keys, mend):
+def read_json(path, keys, remedy):
     """The dictionary in a file, None where there is no such file.
 
-    keys: what it must hold. mend: what to do with a torn or foreign file, for the ValueError.
+    keys: what it must hold. remedy: what to do with a torn or foreign file, for the ValueError.
     """
     if not os.path.exists(path):
         return None
@@ -158,7 +158,7 @@ def read_json(path, keys, mend):
             return content
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         pass
-    raise ValueError(f"{path}: torn, or not of isoflow: {mend}")
+    raise ValueError(f"{path}: torn, or not of isoflow: {remedy}")
 
 def differences(saved, current, prefix=""):
     """The leaves in which two configurations differ, as lines "name: saved -> current"."""
@@ -172,6 +172,11 @@ def differences(saved, current, prefix=""):
     return found
 
 # ---- the configuration --------------------------------------------------------------------------
+
+TEXT_ENCODERS = {                       # kind: its default, its class in transformers
+    "clip": ("openai/clip-vit-large-patch14", "CLIPTextModel"),
+    "t5": ("google-t5/t5-base", "T5EncoderModel"),
+}
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -200,30 +205,27 @@ class DataConfig:
     take: Optional[int] = flag(None, "only the first so many rows of each split")
 
     def __post_init__(self):
-        stats = read_stats(self.data)
-        if stats and (self.stream or self.take):
-            raise ValueError(f"--stream and --take are for data.py prepare; --data {self.data} is "
-                             "prepared already")
-        # A prepared folder says itself what is in it.
-        for name, value in (stats["input"] if stats else {}).items():
-            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if name in ("resolution", "text_tokens") and given not in (default, value):
-                raise ValueError(f"--{name} {given}: {self.data} was prepared with {value}; leave "
-                                 "the flag out")
-            object.__setattr__(self, name, value)
+        # A prepared folder says itself what is in it. It says so here and not at the command line,
+        # because these values are a part of a run's identity, whoever makes the configuration.
+        self.fill_in(prepared_input(self))
         kind, _, source = self.text.partition(":")
         if kind not in ("hash", *TEXT_ENCODERS) or (kind == "hash" and source):
             raise ValueError(f"--text {self.text}: take hash, clip, t5, clip:NAME_OR_FOLDER or "
                              "t5:NAME_OR_FOLDER")
         if self.text_tokens is None:
-            object.__setattr__(self, "text_tokens", 16 if kind == "hash" else 77)
+            self.fill_in({"text_tokens": 16 if kind == "hash" else 77})
         if self.text_dim is None and kind == "hash":
-            object.__setattr__(self, "text_dim", 64)
+            self.fill_in({"text_dim": 64})
         check_flags(self, "resolution images text_tokens text_dim take", lambda n: n >= 1,
                     "at least 1")
-        for flag in ("text", "flip", "stream", "take"):
-            if self.data in SOURCES and getattr(self, flag) not in ("hash", False, None):
-                raise ValueError(f"--{flag} is for real images, not for --data {self.data}")
+        for name in ("text", "flip", "stream", "take"):
+            if self.data in SOURCES and getattr(self, name) != getattr(DataConfig, name):
+                raise ValueError(f"--{name} is for real images, not for --data {self.data}")
+
+    def fill_in(self, values):
+        """Set fields of this frozen class: only while it is made."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 def data_config_of(saved, data):
     """The configuration for `data` of a model that was trained with the saved one (a dictionary).
@@ -239,12 +241,13 @@ def data_config_of(saved, data):
     return DataConfig(**{**kept, "data": data})
 
 # ---- random numbers that are a function of their counter ---------------------------------------
-# There are two kinds, and both are needed:
+# A run that resumes, or has other ranks, must draw the same. So no generator is ever passed on:
 # - `seeded` starts one of torch's generators from any numbers. It serves draws on the CPU, such as
 #   the noise of a micro-batch.
 # - `mix` hashes integers with tensor operations. It serves what is drawn on any device (torch's
 #   generators of one seed differ between CPU and CUDA), or for one sample alone (a generator has to
 #   be started for each).
+# Published numbers depend on the constants here and on those of `epoch_order` and `choose`.
 
 def seeded(*numbers, device="cpu"):
     """A torch generator of the numbers alone: (seed, step, micro-batch), never the rank."""
@@ -267,17 +270,9 @@ def random_bits(seed, index, draws):
     h = mix(mix(h ^ (index & 0xFFFFFFFF)) ^ (index >> 32))                            # (B,)
     counter = torch.arange(draws, device=index.device)
     h = mix(h[:, None] ^ (counter * 0x9E3779B9 & 0xFFFFFFFF))                         # (B, draws)
-    return mix(h + counter & 0xFFFFFFFF) >> 8
+    return mix((h + counter) & 0xFFFFFFFF) >> 8
 
 # ---- what every data set offers ----------------------------------------------------------------
-
-def to_data(k, u):
-    """8-bit levels k and u uniform in [0, 1) -> x = (k + u) / 128 - 1, continuous in [-1, 1)."""
-    return (k + u) / 128 - 1
-
-def to_levels(x):
-    """x -> the nearest 8-bit levels, uint8: the inverse of to_data."""
-    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 class Source:
     """What the other files know of a data set. A new one is a subclass and a line in SOURCES.
@@ -289,11 +284,13 @@ class Source:
     shape                  {"channels", "size", "text_tokens", "text_dim"}: the model's input
     train_images           how many different ones there are; None: endless
     validation_images      the same
-    encoders               which networks and images made this, by SHA-256; part of a run's identity
-    remarks                what was skipped and why, see `count_remarks`
+    encoders               what made this set; config.json keeps it as a part of a run's identity,
+                           so it never changes: {"text" and "vae": {"name", "sha256", ...},
+                           "images": {"sha256"}}, {} where nothing but the configuration made it
+    remarks                which rows were skipped and why, see `collect_remarks`
     originals              sides of the images before they were resized, (n, 2), or None
     prefetch               is the next batch worth a thread of its own?
-    latents                is x a latent rather than pixels?
+    latents                is x a latent rather than pixels? (for units and protocols)
     describes              does `describe(split, index)` tell what is in an image?
     """
 
@@ -318,19 +315,21 @@ class Source:
         return self.batch(split, index)[0]
 
     def to_x(self, raw, generator):
-        """What batch() gave -> x, the model's input; its randomness comes from the generator."""
+        """8-bit levels k -> x = (k + u) / 128 - 1, continuous in [-1, 1), as the model takes it.
+
+        u is uniform in [0, 1), from the generator: likelihoods of levels alone are not finite.
+        """
         u = torch.rand(raw.shape, generator=generator, device=generator.device)
-        return to_data(raw, u.to(raw.device))
+        return (raw + u.to(raw.device)) / 128 - 1
 
     def to_levels(self, x):
-        """x -> (B, 3, R, R) uint8, to look at and to compare with images()."""
-        return to_levels(x)
+        """x -> (B, 3, R, R) uint8, to look at and to compare with images(): to_x turned back."""
+        return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
     def use_training_encoders(self, encoders):
-        """See the set as a model does that was trained on data of these `encoders`.
+        """See the set as a model does whose training had data of these `encoders`.
 
-        Takes over scale and shift of the training's latents. Raises ValueError where the set was
-        made by other networks.
+        Raises ValueError where other networks made this set: its features mean something else then.
         """
         for what in ("text", "vae"):
             ours, theirs = (found.get(what, {}) for found in (self.encoders, encoders))
@@ -339,12 +338,11 @@ class Source:
                                 for about in (ours, theirs))
                 raise ValueError(f"--data {self.config.data}: its {what} encoder is {ours}, the "
                                  f"model was trained with {theirs}")
-        for name in ("shift", "scale") if "vae" in encoders else ():
-            self.encoders["vae"][name] = encoders["vae"][name]
 
 def load_data(config, seed=0, device="cpu"):
     """The source that --data names, with the training order of `seed`."""
-    return SOURCES.get(config.data, StoredImages)(config, seed, device)
+    stored = StoredLatents if read_stats(config.data) else StoredImages
+    return SOURCES.get(config.data, stored)(config, seed, device)
 
 def input_shape(config):
     """The shape of what the model takes in (see Source), without reading any data."""
@@ -364,18 +362,22 @@ TEXTURES = ("plain", "striped", "checked")
 SIZES = ("small", "medium", "large")    # captions leave the words "plain" and "medium" out
 PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south",
           "southeast")
+# Words of a kind are neighbours, in the order of their table: `caption_words` counts on that.
 VOCABULARY = ["", *GROUNDS, *SIZES, *TEXTURES, *COLOURS, *KINDS, *PLACES]
 MAX_SHAPES = 3
 BLOCK = 256                             # scenes drawn at once
 VALIDATION_START = 1 << 40              # of seed 0, the validation set; no training gets there
 
-def quantiles(weights, entries=256):
-    """A table of class indices in which each class has its share: a draw is a look-up."""
+def lookup_table(weights, entries=256):
+    """Class indices, each as often as its weight says: a class is drawn by a look-up."""
     edges = np.round(np.cumsum(weights) / np.sum(weights) * entries).astype(int)
     return torch.tensor(np.searchsorted(edges, np.arange(entries), side="right"))
 
 def power_law_radii(exponent, smallest, largest, entries=256):
-    """Quantiles of the density r^-exponent between two radii (in image sides), as float32."""
+    """A lookup table of radii (in image sides) with density r^-exponent between two of them.
+
+    Its entries are quantiles: the inverse of the distribution function, so that u may be uniform.
+    """
     u, power = (np.arange(entries) + 0.5) / entries, 1 - exponent
     low, high = smallest ** power, largest ** power
     return torch.tensor((low + u * (high - low)) ** (1 / power)).float()
@@ -412,12 +414,12 @@ class Scenes(Source):
     def __init__(self, config, seed=0, device="cpu"):
         super().__init__(config, seed, device)
         self.train_images = config.images       # None: endless
-        self.block, self.drawn = None, None     # the latest block, and what was drawn of it
+        self.block, self.drawn = None, None     # see batch
         ood = config.data == "scenes-ood"
         radii = power_law_radii(1.5, 0.15, 0.6) if ood else power_law_radii(2, 0.12, 0.5)
         colours = [1, 2, 4, 1, 4, 1, 4, 2] if ood else [1] * len(COLOURS)
-        self.counts = quantiles([1, 2, 5] if ood else [1, 1, 1]).to(device) + 1
-        self.radii, self.colours = radii.to(device), quantiles(colours).to(device)
+        self.counts = lookup_table([1, 2, 5] if ood else [1, 1, 1]).to(device) + 1
+        self.radii, self.colours = radii.to(device), lookup_table(colours).to(device)
         turn = 2 * np.pi * np.arange(256) / 256
         self.turns = torch.tensor(np.stack([np.cos(turn), np.sin(turn)], -1)).float().to(device)
         self.ground_rgb = torch.tensor(list(GROUNDS.values()), device=device)
@@ -435,28 +437,32 @@ class Scenes(Source):
         seed = self.seed
         if split == "validation":
             seed, index = 0, index + VALIDATION_START
-        per_shape = 10
-        bits = random_bits(seed, index.to(self.device), 3 + MAX_SHAPES * per_shape)  # (B, draws)
-        shapes = bits[:, 3:].view(-1, MAX_SHAPES, per_shape)                       # (B, shapes, 10)
-        count = self.counts[bits[:, 0] >> 16]                                      # (B,)
-        there = torch.arange(MAX_SHAPES, device=self.device) < count[:, None]      # (B, shapes)
-        radius = torch.where(there, self.radii[shapes[..., 0] >> 16], 0.0)
+        # A draw has 24 bits. One of n equal classes is `bits * n >> 24`, which is exact in integers
+        # on every device; an entry of a table of 256 is `bits >> 16`.
+        of_scene, per_shape = 3, 10             # draws; their order is a part of the world
+        bits = random_bits(seed, index.to(self.device), of_scene + MAX_SHAPES * per_shape)
+        count, ground, light = bits[:, :of_scene].unbind(1)                        # (B,)
+        shapes = bits[:, of_scene:].view(-1, MAX_SHAPES, per_shape)                # (B, shapes, 10)
+        there = torch.arange(MAX_SHAPES, device=self.device) < self.counts[count >> 16][:, None]
+        radius = torch.where(there, self.radii[shapes[..., 0] >> 16], 0.0)         # (B, shapes)
         order = radius.argsort(dim=1, descending=True, stable=True)
         radius = radius.gather(1, order)
         shapes = shapes.gather(1, order[..., None].expand(-1, -1, per_shape))
-        centre = 0.1 + shapes[..., 1:3].float() * (0.8 / 2 ** 24)                  # x, y
+        _, x, y, kind, colour, texture, turn, *tint = shapes.unbind(-1)            # (B, shapes)
+        centre = 0.1 + torch.stack([x, y], -1).float() * (0.8 / 2 ** 24)
         cell = (centre * 3).long().clamp(max=2)
         return {
-            "there": there,
+            "there": there,     # is it? Absent shapes come last: their radius is 0
             "radius": radius,
             "centre": centre,                                                      # (B, shapes, 2)
-            "ground": bits[:, 1] * len(GROUNDS) >> 24,
-            "light": self.turns[bits[:, 2] >> 16],                                 # (B, 2)
-            "kind": shapes[..., 3] * len(KINDS) >> 24,
-            "colour": self.colours[shapes[..., 4] >> 16],
-            "texture": shapes[..., 5] * len(TEXTURES) >> 24,
-            "turn": self.turns[shapes[..., 6] >> 16],                              # (B, shapes, 2)
-            "tint": shapes[..., 7:10].float() * (0.16 / 2 ** 24) - 0.08,           # (B, shapes, 3)
+            "ground": ground * len(GROUNDS) >> 24,
+            "light": self.turns[light >> 16],                                      # (B, 2)
+            "kind": kind * len(KINDS) >> 24,
+            "colour": self.colours[colour >> 16],
+            "texture": texture * len(TEXTURES) >> 24,
+            "turn": self.turns[turn >> 16],                                        # (B, shapes, 2)
+            "tint": torch.stack(tint, -1).float() * (0.16 / 2 ** 24) - 0.08,       # (B, shapes, 3)
+            # Of the radii of `scenes` about a third is small, a third medium, a third large.
             "size": (radius > 0.16).long() + (radius > 0.26).long(),
             "place": 3 * cell[..., 1] + cell[..., 0],
         }
@@ -504,7 +510,8 @@ class Scenes(Source):
     def batch(self, split, index):
         """-> images (B, 3, R, R) uint8, text (B, S, F), text_mask (B, S), all on the device.
 
-        A scene takes 150 small operations, so a few cost as much as many: its block is kept.
+        A batch takes 150 small operations, and their overhead costs more than what they compute.
+        So BLOCK neighbours are drawn at once and kept for the next micro-batches.
         """
         block = int(index[0]) // BLOCK
         if (index // BLOCK != block).any():
@@ -539,7 +546,7 @@ class Scenes(Source):
 # A data set of captioned images goes through four steps, whether `prepare` or a run asks for it:
 #
 #   open_splits    which rows there are: a Dataset of `datasets` for each split, nothing decoded
-#   encode         a row of that -> a row to train on: small pixels, captions, a digest; and with
+#   RowEncoder     a row of that -> a row to train on: small pixels, captions, a digest; and with
 #                  encoders the features of its captions and the latent of its image
 #   choose_rows    which rows are for training and which for validation
 #   StoredImages   which row is sample i of the training
@@ -570,16 +577,16 @@ def locate(path):
     raise ValueError(f"--data {path}: no such file or folder, and no hub name OWNER/NAME")
 
 def open_splits(config):
-    """The rows that the flags ask for, undecoded. -> {"train": Dataset, "validation": Dataset} and
-    the folders that paths in them may lead to.
+    """The rows that the flags ask for, undecoded.
 
-    An evaluation set has no "train", a set without a validation split no "validation". Raises
-    ValueError, in one line, for what can't be read.
+    -> {"train": Dataset, "validation": Dataset}, and the folders that paths in their rows may lead
+    to. An evaluation set has no "train"; without a split for it there is no "validation". Raises
+    ValueError for what can't be read.
     """
     import datasets
     import huggingface_hub
     for library in (datasets, huggingface_hub):
-        library.logging.set_verbosity(50)   # errors are said here, in one line
+        library.logging.set_verbosity(50)   # they log what is raised here, in many lines
     if ranks()[0]:
         datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)   # see MAX_PIXELS
@@ -595,10 +602,12 @@ def open_splits(config):
         raise ValueError(f"--data {config.data}: datasets can't read it, or it is empty "
                          f"({reason}){fetch}") from None
     own = [name for name in VALIDATION_NAMES if name in splits and name != config.split]
-    validation = config.validation_split or (own[0] if own else None)
-    wanted = {"train": config.split, "validation": validation}
-    if validation in (None, config.split):
-        del wanted["train" if validation else "validation"]
+    if config.validation_split == config.split:         # an evaluation set
+        wanted = {"validation": config.split}
+    elif config.validation_split or own:
+        wanted = {"train": config.split, "validation": config.validation_split or own[0]}
+    else:                                               # encode_batch holds a tenth out
+        wanted = {"train": config.split}
     for name in wanted.values():
         if name not in splits:
             raise ValueError(f"--data {config.data}: no split {name} (there is {', '.join(splits)})"
@@ -612,12 +621,12 @@ def select_rows(rows, config):
     if first is None:
         raise ValueError(f"--data {config.data}: split {rows.split} is empty")
     used = set()
-    for flag in ("image_column", "text_column"):
-        wanted = getattr(config, flag)
+    for name in ("image_column", "text_column"):
+        wanted = getattr(config, name)
         column = wanted if wanted in first.column_names else wanted.partition(".")[0]
         if column not in first.column_names:
             raise ValueError(f"--data {config.data}: no column {wanted} (there are "
-                             f"{', '.join(first.column_names)}): see --{flag}")
+                             f"{', '.join(first.column_names)}): see --{name}")
         used.add(column)
     rows = rows.select_columns(sorted(used)).with_format("arrow")
     if config.take:
@@ -628,7 +637,7 @@ def in_parts(rows):
     """The rows of a table or of a stream, SHARD_ROWS of them at a time, as Datasets."""
     import datasets
     for number, table in enumerate(rows.iter(SHARD_ROWS)):
-        memory = datasets.table.InMemoryTable(table)    # of a table on disk only a view
+        memory = datasets.table.InMemoryTable(table)    # copies nothing: mapped files stay mapped
         yield datasets.Dataset(memory, fingerprint=f"part{number}").with_format("arrow")
 
 # ---- stored images: what becomes of a row ------------------------------------------------------
@@ -636,19 +645,22 @@ def in_parts(rows):
 # Images come from anywhere and may be torn, hostile or of any format. What is done to them stands
 # here in one place, and `read_row` alone decides whether a row can be used.
 #
-# Pictures only: Pillow would hand PostScript to Ghostscript, which runs it as a program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+# Pillow would hand PostScript to Ghostscript, which runs it as a program: so only these.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA",
+                   "ICO")
 MIN_SIDE, MAX_PIXELS = 8, 100_000_000   # smaller shows nothing, larger is a bomb (or a map)
 MAX_CAPTION = 10_000                    # characters; no encoder has slots for more
 NAMED = 10                              # rows named for each remark; all are counted
 READ_BATCH, ENCODE_BATCH = 128, 16      # rows decoded at once; images or captions encoded at once
-READING = 2                             # version of what follows: datasets' cache keeps them apart
+# Raise it with any change of what follows: datasets' cache then makes its tables anew.
+ROW_VERSION = 2
 
 def row_types():
     """The columns of a table to train on, whether or not a VAE has looked. null: not there."""
     from datasets import Features, List, Value
     return Features({
-        "remark": Value("string"),              # why the row can't be used, or what was done to it
+        # Why the row can't be used, or what was done to it: "kind (details of this row)".
+        "remark": Value("string"),
         "digest": Value("uint64"),              # of the pixels; null: the row can't be used
         "validation": Value("bool"),            # is it for validation?
         "width": Value("int32"),                # of the original
@@ -666,13 +678,14 @@ def to_pixels(image, resolution):
     transparent, in RGB, averaged over the area."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):       # 16 bits, which Pillow would cut off at 255
-        levels, transparent = np.asarray(image), image.info.get("transparency")
-        if levels.min() < 0 or levels.max() > 65535 or image.mode == "F":
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"levels of mode {image.mode} that are not 16-bit")
-        is_clear = levels == transparent
-        if image.mode == "I" and levels.max() <= 255:       # 32 bits wide, but 8-bit levels
-            levels = levels * 257
-        image = Image.fromarray(np.where(is_clear, 255, levels // 257).astype(np.uint8))
+        # Mode I is 32 bits wide, whatever the file had: levels up to 255 are taken for 8-bit ones.
+        is_8bit = image.mode == "I" and levels.max() <= 255
+        is_clear = levels == image.info.get("transparency")
+        levels = np.where(is_clear, 255, levels if is_8bit else levels // 257)
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -683,7 +696,10 @@ def to_pixels(image, resolution):
 
 def image_file(cell, roots):
     """The bytes of a row's image: those in the cell, or those of a file inside `roots`."""
-    cell = cell if isinstance(cell, dict) else {"path" if isinstance(cell, str) else "bytes": cell}
+    if isinstance(cell, str):
+        cell = {"path": cell}
+    elif not isinstance(cell, dict):
+        cell = {"bytes": cell}
     if cell.get("bytes") is not None:
         return cell["bytes"]
     path = cell.get("path")
@@ -710,23 +726,26 @@ def caption_list(cell):
 def read_row(image, caption, resolution, roots):
     """A row of a data set, as Arrow cells -> a row to train on, without what encoders add.
 
-    A row that can't be used is only a remark that says why: never fatal, never a black picture.
+    A row that can't be used becomes a remark that says why, never an error or a black picture.
+    Raised are only errors of this machine (memory, disk): rows skipped now would stay skipped.
     """
     try:
         captions = caption_list(caption.as_py())
-        with Image.open(io.BytesIO(image_file(image.as_py(), roots)), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(image_file(image.as_py(), roots)), formats=PICTURE_FORMATS) as picture:
             width, height = picture.size
             if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
                 size = "small" if min(width, height) < MIN_SIDE else "large"
                 raise ValueError(f"too {size} ({width} x {height} pixels)")
-            remarks = ["the first frame of an animation"] * getattr(picture, "is_animated", False)
+            remarks = []
+            if getattr(picture, "is_animated", False):
+                remarks.append("the first frame of an animation")
             pixels = to_pixels(picture, resolution).tobytes()
     except MemoryError:
         raise
     except Exception as error:      # Pillow and its many formats raise all kinds
         of_the_row = (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
         if isinstance(error, OSError) and error.errno not in of_the_row:
-            raise                   # the disk fails: a row skipped now would stay skipped
+            raise
         known = {UnidentifiedImageError: "no image that pillow can read",
                  UnicodeDecodeError: "its caption is not UTF-8"}
         return {"remark": known.get(type(error), re.sub(" at 0x.*", "", one_line(error))[:300])}
@@ -739,60 +758,81 @@ def read_row(image, caption, resolution, roots):
     return {"remark": "; ".join(remarks), "digest": digest, "width": width, "height": height,
             "captions": [one[:MAX_CAPTION] for one in captions], "pixels": pixels}
 
-def encode_pixels(rows, vae, resolution):
-    """Add to rows what a VAE makes of their pixels, which then only validation keeps."""
-    pixels = np.frombuffer(bytearray().join(row["pixels"] for row in rows), np.uint8)
-    pixels = torch.from_numpy(pixels.reshape(-1, resolution, resolution, 3))
-    for row, both in zip(rows, vae.moments(pixels).half().cpu().numpy()):
-        mean, logvar = both[0].astype(np.float64)       # of the image, not of its mirror image
-        row["moments"] = both.tobytes()
-        row["mean"] = mean.mean((1, 2)).tolist()
-        row["square"] = (mean ** 2 + np.exp(logvar)).mean((1, 2)).tolist()
-        if not row["validation"]:
-            del row["pixels"]
+class RowEncoder:
+    """Turns rows of a data set into rows to train on, for a run and for `prepare` alike.
 
-def encode_rows(table, config, roots, text, vae, for_validation):
-    """A batch of rows of a data set -> rows to train on: Arrow tables.
-
-    text, vae: the encoders that look at them, or None. for_validation: whether these rows are, None
-    where a tenth of them is.
+    vae: hub name or folder of the VAE that looks at the images. None: they stay pixels.
+    splits: the rows, undecoded. encoders: which networks look at them, as in Source.
     """
-    import pyarrow.compute
-    Image.init()        # or it knows no format
-    cells = []
-    for name in (config.image_column, config.text_column):
-        # json.caption is the field caption of the column json.
-        first, *fields = [name] if name in table.column_names else name.split(".")
-        cells.append(pyarrow.compute.struct_field(table[first], fields) if fields else table[first])
-    read = functools.partial(read_row, resolution=config.resolution, roots=roots)
-    with ThreadPoolExecutor() as threads:       # Pillow decodes outside Python's lock
-        rows = list(threads.map(read, *cells))
-    good = [row for row in rows if "pixels" in row]
-    for row in good:
-        # Copies are on one side, and no seed moves an image from one to the other.
-        held_out = row["digest"] % 10 == 0
-        row["validation"] = held_out if for_validation is None else for_validation
-    if text:
-        features = iter(text.features([one for row in good for one in row["captions"]]))
-        for row in good:
-            row["text"] = [next(features).tobytes() for _ in row["captions"]]
-    for start in range(0, len(good) if vae else 0, ENCODE_BATCH):
-        encode_pixels(good[start:start + ENCODE_BATCH], vae, config.resolution)
-    return pyarrow.Table.from_pylist(rows, row_types().arrow_schema)
 
-def encode(rows, split, splits, config, roots, text=None, vae=None, **where):
-    """encode_rows over a Dataset -> the Dataset of its results. where: options of Dataset.map."""
-    for_validation = split == "validation" if "validation" in splits else None
-    # datasets would name the result by a hash of all arguments, whole networks among them.
-    made_by = [encoder.about["sha256"] for encoder in (text, vae) if encoder]
-    recipe = [READING, rows._fingerprint, config.image_column, config.text_column,
-              config.resolution, config.text_tokens, roots, made_by, for_validation]
-    return rows.map(
-        encode_rows, batched=True, batch_size=READ_BATCH, remove_columns=rows.column_names,
-        fn_kwargs={"config": config, "roots": roots, "text": text, "vae": vae,
-                   "for_validation": for_validation},
-        features=row_types(), desc=f"{split} images at {config.resolution} pixels",
-        new_fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest()[:32], **where)
+    def __init__(self, config, device, vae=None):
+        self.config = config
+        self.splits, self.roots = open_splits(config)   # first: a wrong --data costs no download
+        self.vae = VAE(vae, device) if vae else None
+        self.text = None if config.text == "hash" else PretrainedText(config, device)
+        networks = {"vae": self.vae, "text": self.text}
+        self.encoders = {name: network.about for name, network in networks.items() if network}
+
+    def encode(self, rows, split, **where):
+        """Rows of a split, a Dataset -> rows of `row_types`. where: options of Dataset.map."""
+        for_validation = split == "validation" if "validation" in self.splits else None
+        # datasets names the result by a hash of all arguments, which would be of whole networks.
+        made_by = [about["sha256"] for about in self.encoders.values()]
+        recipe = [ROW_VERSION, rows._fingerprint, self.config.image_column, self.config.text_column,
+                  self.config.resolution, self.config.text_tokens, self.roots, made_by,
+                  for_validation]
+        return rows.map(
+            self.encode_batch, batched=True, batch_size=READ_BATCH, features=row_types(),
+            remove_columns=rows.column_names, fn_kwargs={"for_validation": for_validation},
+            desc=f"{split} images at {self.config.resolution} pixels",
+            new_fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest()[:32], **where)
+
+    def encode_batch(self, table, for_validation):
+        """A batch of rows -> rows of `row_types`: Arrow tables.
+
+        for_validation: whether these rows are, None where a tenth of them is.
+        """
+        import pyarrow
+        Image.init()        # or it knows no format
+        cells = [column_of(table, name)
+                 for name in (self.config.image_column, self.config.text_column)]
+        read = functools.partial(read_row, resolution=self.config.resolution, roots=self.roots)
+        with ThreadPoolExecutor() as threads:       # Pillow decodes outside Python's lock
+            rows = list(threads.map(read, *cells))
+        good = [row for row in rows if "pixels" in row]
+        for row in good:
+            # Copies are on one side, and no seed moves an image from one to the other.
+            held_out = row["digest"] % 10 == 0
+            row["validation"] = held_out if for_validation is None else for_validation
+        if self.text:
+            features = iter(self.text.features([one for row in good for one in row["captions"]]))
+            for row in good:
+                row["text"] = [next(features).tobytes() for _ in row["captions"]]
+        if self.vae:
+            for start in range(0, len(good), ENCODE_BATCH):
+                self.add_latents(good[start:start + ENCODE_BATCH])
+        return pyarrow.Table.from_pylist(rows, row_types().arrow_schema)
+
+    def add_latents(self, rows):
+        """Add what the VAE makes of the pixels, which only validation keeps: see `images`."""
+        R = self.config.resolution
+        pixels = np.frombuffer(bytearray().join(row["pixels"] for row in rows), np.uint8)
+        moments = self.vae.moments(torch.from_numpy(pixels.reshape(-1, R, R, 3)))
+        for row, both in zip(rows, moments.half().cpu().numpy()):     # (2 mirrors, 2, C, R/f, R/f)
+            mean, logvar = both[0].astype(np.float64)       # of the image, not of its mirror image
+            row["moments"] = both.tobytes()
+            row["mean"] = mean.mean((1, 2)).tolist()
+            row["square"] = (mean ** 2 + np.exp(logvar)).mean((1, 2)).tolist()
+            if not row["validation"]:
+                del row["pixels"]
+
+def column_of(table, name):
+    """A column, or json.caption: the field caption of the column json."""
+    import pyarrow.compute
+    if name in table.column_names:
+        return table[name]
+    column, *fields = name.split(".")
+    return pyarrow.compute.struct_field(table[column], fields)
 
 def one_table(tables):
     """{split: Dataset} -> an Arrow table of all their rows, memory-mapped as they are."""
@@ -810,36 +850,39 @@ def choose_rows(table):
     unseen = np.isin(digest, digest[validation])
     return {"train": np.flatnonzero(usable & ~unseen), "validation": np.flatnonzero(validation)}
 
-def identity(table, rows):
-    """Which images and captions these are: {"sha256": ...}, the same whatever they came in."""
+def identity(table):
+    """Which images and captions these are: {"sha256": ...}, the same whatever they came in.
+
+    It is of the digests of small pixels, so it knows the resolution but no container, no VAE.
+    """
     content = []
-    for numbers in rows.values():
+    for numbers in choose_rows(table).values():
         chosen = table.select(["digest", "captions"]).take(numbers)
         digests, captions = (column.to_pylist() for column in chosen.itercolumns())
         content.append([(digest.to_bytes(8, "big"), row) for digest, row in zip(digests, captions)])
     return {"sha256": hashlib.sha256(repr(content).encode()).hexdigest()[:16]}
 
-def check_rows(tables, config):
-    """What is remarked on the rows of {split: Dataset}:
+def collect_remarks(tables, config):
+    """What is remarked on the rows of {split: Dataset}.
 
-    {"skipped" and "used": {remark: {"rows": how many, "first": the first ten by name}}}. Raises
-    ValueError where no row can be used.
+    -> {"skipped" and "used": {kind: {"rows": how many, "first": the first ten of them by name}}}.
+    Raises ValueError where no row can be used, and so nothing is left to remark on.
     """
     remarks = {"skipped": {}, "used": {}}
-    usable = {split: table.data["digest"].is_valid().to_pylist() for split, table in tables.items()}
+    usable = 0
     for split, table in tables.items():
-        for row, remark in enumerate(table.data["remark"].to_pylist()):
+        digests = table.data["digest"].is_valid().to_pylist()
+        usable += sum(digests)
+        for row, (remark, used) in enumerate(zip(table.data["remark"].to_pylist(), digests)):
             if remark:
-                kind = remark.partition(" (")[0]        # what is in brackets differs between rows
-                found = remarks["used" if usable[split][row] else "skipped"]
-                about = found.setdefault(kind, {"rows": 0, "first": []})
+                kinds = remarks["used" if used else "skipped"]
+                about = kinds.setdefault(remark.partition(" (")[0], {"rows": 0, "first": []})
                 about["rows"] += 1
                 if about["rows"] <= NAMED:
                     about["first"].append(f"{split} {row}: {remark}")
-    if not any(map(any, usable.values())):
-        rows = sum(map(len, usable.values()))
-        raise ValueError(f"--data {config.data}: none of its {rows:,} rows can be used: "
-                         f"{about_remarks(remarks)}")
+    if not usable:
+        raise ValueError(f"--data {config.data}: none of its {sum(map(len, tables.values())):,} "
+                         f"rows can be used: {about_remarks(remarks)}")
     return remarks
 
 def about_remarks(remarks):
@@ -856,11 +899,6 @@ def about_remarks(remarks):
 # A text encoder turns captions into features without padding: a list of (length, F) arrays. All
 # encoders are frozen. Which weights they have is a part of a run's identity (`about`), because the
 # same name may stand for other weights tomorrow.
-
-TEXT_ENCODERS = {                       # kind: its default, its class in transformers
-    "clip": ("openai/clip-vit-large-patch14", "CLIPTextModel"),
-    "t5": ("google-t5/t5-base", "T5EncoderModel"),
-}
 
 @functools.cache
 def word_vector(word, dim):
@@ -895,12 +933,12 @@ def weights_digest(network):
     return digest.hexdigest()[:16]
 
 @contextlib.contextmanager
-def errors_say_what_to_fetch(flag, source, weights):
-    """The libraries raise many kinds of errors where an encoder is not there. Here it is one."""
+def errors_say_what_to_fetch(name, source, weights):
+    """Errors of loading the network of --name, of many kinds, become a ValueError with a remedy."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"--{flag}: cannot load {source} ({one_line(error)}). Without network: hf "
+        raise ValueError(f"--{name}: cannot load {source} ({one_line(error)}). Without network: hf "
                          f"download {source} config.json {weights} --local-dir DIR elsewhere, then "
                          "name DIR in its place") from None
 
@@ -943,7 +981,7 @@ class PretrainedText:
                              "positions")
         if config.text_dim not in (None, dim):
             raise ValueError(f"--text_dim {config.text_dim}: {source} gives {dim} (leave it out)")
-        # The same weights with other words are another encoder.
+        # The tokenizer's words count too: with others the same weights give other features.
         words = getattr(self.tokenizer, "backend_tokenizer", None)
         both = weights_digest(network) + (words.to_str() if words else "")
         sha256 = hashlib.sha256(both.encode()).hexdigest()[:16]
@@ -1036,20 +1074,9 @@ class StoredImages(Source):
 
     def __init__(self, config, seed=0, device="cpu"):
         super().__init__(config, seed, device)
-        stats = read_stats(config.data)
-        if stats:
-            self.latents = True
-            self.encoders, self.remarks = stats["encoders"], stats["remarks"]
-            self.table = one_table(open_shards(config.data, stats["shards"]))
-            self.rows = choose_rows(self.table)
-        else:
-            tables, self.encoders = read_images(config, device)
-            self.remarks = check_rows(tables, config)
-            self.table = one_table(tables)
-            self.rows = choose_rows(self.table)
-            self.encoders["images"] = identity(self.table, self.rows)
+        self.table, self.encoders, self.remarks = self.open_table()
+        self.rows = choose_rows(self.table)
         self.text = HashText(config.text_tokens, config.text_dim) if config.text == "hash" else None
-        self.vae = None                 # loaded when the first latent is decoded
         self.validation_images, n = len(self.rows["validation"]), len(self.rows["train"])
         self.train_images = config.images or n
         if self.validation_images < 2:
@@ -1060,6 +1087,20 @@ class StoredImages(Source):
         if config.images:               # the same for every seed, and the fewer among the more
             kept = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:config.images]
             self.rows["train"] = self.rows["train"][kept]
+
+    def open_table(self):
+        """-> the rows to train on as an Arrow table, and `encoders` and `remarks` of Source."""
+        import datasets
+        encoder, tables = RowEncoder(self.config, self.device), {}
+        # Image files beside a table of their paths may change without datasets' noticing.
+        reusable = not self.config.data.endswith((".csv", ".json", ".jsonl"))
+        for split, rows in encoder.splits.items():
+            parts = in_parts(rows) if self.config.stream else [rows]    # a stream fits no one map
+            tables[split] = datasets.concatenate_datasets([
+                encoder.encode(part, split, load_from_cache_file=reusable) for part in parts])
+        remarks = collect_remarks(tables, self.config)
+        table = one_table(tables)
+        return table, {**encoder.encoders, "images": identity(table)}, remarks
 
     def choose(self, split, index):
         """-> row numbers, which of its captions each has, which are mirrored: three lists."""
@@ -1072,39 +1113,31 @@ class StoredImages(Source):
         rows = self.rows[split][places].tolist()
         captions = self.table["captions"]
         counts = torch.tensor([len(captions[row]) for row in rows])
-        bits = random_bits(self.seed ^ 0x5EED, index, 2)
+        bits = random_bits(self.seed ^ 0x5EED, index, 2)    # any constant would do; this one stays
         mirrored = (bits[:, 1] >> 23 > 0) & self.config.flip
         return rows, (bits[:, 0] * counts >> 24).tolist(), mirrored.tolist()
 
-    def pictures(self, rows):
-        """-> (B, 3, R, R) uint8, not mirrored."""
+    def raw_images(self, rows, mirrored):
+        """-> the pixels of rows, (B, 3, R, R) uint8, on the device."""
         cells, R = self.table["pixels"], self.config.resolution
+        # Cells are views of the mapped file; np.stack is what reads it.
         pixels = np.stack([array_of(cells[row], np.uint8, R, R, 3) for row in rows])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)                      # (B, 3, R, R)
+        is_mirrored = torch.tensor(mirrored)[:, None, None, None]
+        return torch.where(is_mirrored, pixels.flip(3), pixels).to(self.device)
 
     def batch(self, split, index):
-        """-> images (B, 3, R, R) uint8 or moments (B, 2, C, R/f, R/f) float32, text (B, S, F),
-        text_mask (B, S), all on the device."""
+        """-> raw_images, text (B, S, F), text_mask (B, S), all on the device."""
         rows, picks, mirrored = self.choose(split, index)
-        shape = self.shape
-        # Cells are views of the mapped file; np.stack is what reads it.
-        if self.latents:
-            both = 2, 2, shape["channels"], shape["size"], shape["size"]
-            cells = self.table["moments"]
-            raw = np.stack([array_of(cells[row], np.float16, *both)[int(mirror)]
-                            for row, mirror in zip(rows, mirrored)])
-            raw = torch.from_numpy(raw).to(self.device).float()
-        else:
-            pixels = self.pictures(rows)
-            is_mirrored = torch.tensor(mirrored)[:, None, None, None]
-            raw = torch.where(is_mirrored, pixels.flip(3), pixels).to(self.device)
+        tokens, dim = self.shape["text_tokens"], self.shape["text_dim"]
         if self.text:
             parts = self.text.features(self.strings(rows, picks))
-        else:
+        else:                           # a network's features were stored with the rows
             cells = self.table["text"]
-            parts = [array_of(cells[row].values[pick], np.float16, -1, shape["text_dim"])
+            parts = [array_of(cells[row].values[pick], np.float16, -1, dim)        # (length, F)
                      for row, pick in zip(rows, picks)]
-        text, text_mask = padded(parts, shape["text_tokens"], shape["text_dim"])
+        text, text_mask = padded(parts, tokens, dim)
+        raw = self.raw_images(rows, mirrored)
         return raw, text.to(self.device).float(), text_mask.to(self.device)
 
     def captions(self, split, index):
@@ -1123,63 +1156,70 @@ class StoredImages(Source):
         rows = np.concatenate(list(self.rows.values()))
         return np.stack([self.table[side].take(rows) for side in ("width", "height")], 1)
 
-    def normalisation(self):
-        """Shift and scale of the latents, each (C, 1, 1) float64."""
+class StoredLatents(StoredImages):
+    """Captioned images of a folder of `prepare`: x is a latent of their VAE.
+
+    shift, scale: (C, 1, 1), what makes x of mean 0 and variance 1. They are those of the images
+    that the model was trained on: the set's own until `use_training_encoders` brings others.
+    """
+
+    latents = True
+
+    def __init__(self, config, seed=0, device="cpu"):
+        super().__init__(config, seed, device)
+        self.use_training_encoders(self.encoders)
+
+    def open_table(self):
+        """-> the table, `encoders` and `remarks`, all from the folder."""
+        stats = read_stats(self.config.data)
+        shards = open_shards(self.config.data, stats["shards"])
+        return one_table(shards), stats["encoders"], stats["remarks"]
+
+    def use_training_encoders(self, encoders):
+        """See Source; takes over the training's shift and scale. `self.encoders` stays as it is."""
+        super().use_training_encoders(encoders)
+        self.shift, self.scale = (
+            torch.tensor(encoders["vae"][name], dtype=torch.float64, device=self.device)
+            [:, None, None] for name in ("shift", "scale"))                        # (C, 1, 1)
+
+    @functools.cached_property
+    def vae(self):
+        """The VAE, read when the first latent is decoded: training needs none. Raises ValueError
+        where it is gone or has other weights now."""
         about = self.encoders["vae"]
-        return (torch.tensor(about[name], dtype=torch.float64, device=self.device)[:, None, None]
-                for name in ("shift", "scale"))
+        vae = VAE(about["name"], self.device)
+        if vae.about["sha256"] != about["sha256"]:
+            raise ValueError(f"--data {self.config.data} was made with other weights of "
+                             f"{about['name']} (SHA-256 {about['sha256']}) than are there now "
+                             f"({vae.about['sha256']})")
+        return vae
+
+    def raw_images(self, rows, mirrored):
+        """-> mean and log variance of the latents, (B, 2, C, R/f, R/f) float32, on the device."""
+        cells, size = self.table["moments"], self.shape["size"]
+        both = 2, 2, self.shape["channels"], size, size     # the image and its mirror image
+        moments = np.stack([array_of(cells[row], np.float16, *both)[int(mirror)]
+                            for row, mirror in zip(rows, mirrored)])
+        return torch.from_numpy(moments).to(self.device).float()
 
     def to_x(self, raw, generator):
-        """Pixels or moments -> x, the model's input; its randomness comes from the generator."""
-        if not self.latents:
-            return super().to_x(raw, generator)
+        """Moments -> x (B, C, R/f, R/f), normalised, its noise drawn from the generator."""
         mean, logvar = raw.unbind(1)
-        shift, scale = self.normalisation()
-        n = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
-        return ((mean + torch.exp(0.5 * logvar) * n - shift) / scale).float()
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        latent = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+        return ((latent - self.shift) / self.scale).float()
 
     def to_levels(self, x):
-        """x -> (B, 3, R, R) uint8; of latents by their VAE. Raises ValueError where it is gone."""
-        if not self.latents:
-            return super().to_levels(x)
-        about = self.encoders["vae"]
-        if self.vae is None:
-            vae = VAE(about["name"], self.device)
-            if vae.about["sha256"] != about["sha256"]:
-                raise ValueError(f"--data {self.config.data} was made with other weights of "
-                                 f"{about['name']} (SHA-256 {about['sha256']}) than are there now "
-                                 f"({vae.about['sha256']})")
-            self.vae = vae
-        shift, scale = self.normalisation()
-        return self.vae.decode(x * scale + shift)
+        """x -> what the VAE makes of it, (B, 3, R, R) uint8. Raises ValueError, see `vae`."""
+        return self.vae.decode(x * self.scale + self.shift)
 
     def images(self, split, index):
-        """-> (B, 3, R, R) uint8: the images themselves, as they went into the VAE if there is one;
-        of latents to train on, what the VAE makes of them."""
-        if self.latents and split == "train":
-            shift, scale = self.normalisation()
-            return self.to_levels((self.batch(split, index)[0][:, 0] - shift) / scale)
-        if self.latents:
-            return self.pictures(self.choose(split, index)[0]).to(self.device)
-        return super().images(split, index)
-
-def read_images(config, device):
-    """-> {split: Dataset} of what datasets reads, as pixels, and the encoders of its captions.
-
-    The encoders are {} with the hash encoder, which is no network.
-    """
-    import datasets
-    splits, roots = open_splits(config)
-    text = None if config.text == "hash" else PretrainedText(config, device)
-    # Image files beside a table of their paths may change without datasets' noticing.
-    reusable = not config.data.endswith((".csv", ".json", ".jsonl"))
-    tables = {}
-    for split, rows in splits.items():
-        parts = in_parts(rows) if config.stream else [rows]     # what is streamed is in memory
-        tables[split] = datasets.concatenate_datasets([
-            encode(part, split, splits, config, roots, text, load_from_cache_file=reusable)
-            for part in parts])
-    return tables, {"text": text.about} if text else {}
+        """-> (B, 3, R, R) uint8: of validation the pixels that went into the VAE; of training,
+        where they are not kept, what the VAE makes of the latents."""
+        rows, _, mirrored = self.choose(split, index)
+        if split == "validation":
+            return super().raw_images(rows, mirrored)
+        return self.vae.decode(self.raw_images(rows, mirrored)[:, 0])
 
 SOURCES = {"scenes": Scenes, "scenes-ood": Scenes}      # by name; every other name is StoredImages
 
@@ -1193,7 +1233,7 @@ SOURCES = {"scenes": Scenes, "scenes-ood": Scenes}      # by name; every other n
 #
 # A shard is there whole or not at all, so that the same command goes on after a kill.
 
-FORMAT = 2      # of the folder
+FOLDER_FORMAT = 2
 
 def read_stats(folder):
     """stats.json of a folder that prepare wrote; None where it is no such folder.
@@ -1207,10 +1247,28 @@ def read_stats(folder):
     stats = read_json(path, keys, "delete it and run prepare again, which keeps the shards")
     if stats is None and os.path.exists(os.path.join(folder, "prepare.json")):
         raise ValueError(f"--data {folder}: prepare has not finished: the same command goes on")
-    if stats and stats["format"] != FORMAT:
-        raise ValueError(f"{path}: format {stats['format']}, this version reads {FORMAT}: prepare "
-                         "it again, with another --out")
+    if stats and stats["format"] != FOLDER_FORMAT:
+        raise ValueError(f"{path}: format {stats['format']}, this version reads {FOLDER_FORMAT}: "
+                         "prepare it again, with another --out")
     return stats
+
+def prepared_input(config):
+    """What a prepared folder says of the model's input, for DataConfig: {} for any other data.
+
+    Raises ValueError where a flag asks for something else. --text alone gives way in silence.
+    """
+    stats = read_stats(config.data)
+    if stats is None:
+        return {}
+    if config.stream or config.take:
+        raise ValueError(f"--stream and --take are for data.py prepare; --data {config.data} is "
+                         "prepared already")
+    for name in ("resolution", "text_tokens"):
+        given, value = getattr(config, name), stats["input"][name]
+        if given not in (getattr(DataConfig, name), value):
+            raise ValueError(f"--{name} {given}: {config.data} was prepared with {value}; leave "
+                             "the flag out")
+    return stats["input"]
 
 def open_shards(folder, names):
     """The files of prepare, memory-mapped -> {split: Dataset}."""
@@ -1250,54 +1308,44 @@ class PrepareConfig(LookConfig):
 def prepare(config, settings):
     """Encode a data set once, into a folder of latents and text features.
 
-    A shard holds SHARD_ROWS rows of a split, encoded in fixed batches, so its bytes are a function
-    of rows and flags alone, whoever makes it after whatever interruption. Rank r of torchrun makes
-    the shards r, r + world, ... A finished folder is left as it is. Raises ValueError for input
-    that can't be used.
+    Ranks of torchrun share the shards. A finished folder is left as it is, an unfinished one is
+    gone on with. Raises ValueError for input that can't be used.
     """
-    rank, world = ranks()
     if config.data in SOURCES or os.path.exists(os.path.join(config.data, "prepare.json")):
         raise ValueError(f"--data {config.data}: prepare is for images that are not prepared yet")
+    rank, _ = ranks()
     flags = {**asdict(config), **asdict(settings)}
     for of_training in ("out", "flip", "captions", "images"):
         del flags[of_training]
-    definition = {"format": FORMAT, "flags": flags}
+    definition = {"format": FOLDER_FORMAT, "flags": flags}
     check_definition(settings.out, definition)      # before anything is loaded
     if os.path.exists(os.path.join(settings.out, "stats.json")):
         if rank == 0:
             print(f"{settings.out} is done: {read_stats(settings.out)['counts']} images")
         return
-    splits, roots = open_splits(config)
-    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(local if torch.cuda.is_available() else "cpu")
-    vae = VAE(settings.vae, device)
-    text = None if config.text == "hash" else PretrainedText(config, device)
-    if config.resolution % vae.factor or config.resolution < 4 * vae.factor:
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"     # train.py has --device, but imports this
+    encoder = RowEncoder(config, gpu if torch.cuda.is_available() else "cpu", settings.vae)
+    factor = encoder.vae.factor
+    if config.resolution % factor or config.resolution < 4 * factor:
         raise ValueError(f"--resolution {config.resolution}: this VAE makes one latent of "
-                         f"{vae.factor} x {vae.factor} pixels; take a multiple of {vae.factor}, at "
-                         f"least {4 * vae.factor}")
-    definition["encoders"] = {"vae": vae.about, **({"text": text.about} if text else {})}
+                         f"{factor} x {factor} pixels; take a multiple of {factor}, at least "
+                         f"{4 * factor}")
+    definition["encoders"] = encoder.encoders
     # Which rows: datasets' own name for them changes with the files. A stream has none.
     definition["rows"] = {split: None if config.stream else f"{len(rows)}, {rows._fingerprint}"
-                          for split, rows in splits.items()}
-    check_definition(settings.out, definition)
+                          for split, rows in encoder.splits.items()}
     begin_folder(settings.out, definition)
-    shards = []
-    for split, rows in splits.items():
-        for number, part in enumerate(in_parts(rows)):
-            shards.append(f"{split}-{number:05d}.arrow")
-            path = os.path.join(settings.out, shards[-1])
-            if number % world == rank and not os.path.exists(path):
-                encode(part, split, splits, config, roots, text, vae,
-                       cache_file_name=f"{path}.tmp", load_from_cache_file=False)
-                os.replace(f"{path}.tmp", path)     # so that it is there whole or not at all
+    shards = make_shards(encoder, settings.out)
     if rank == 0:
+        # The other ranks are at work. Where one fails, torchrun ends this one too.
         while not all(os.path.exists(os.path.join(settings.out, name)) for name in shards):
-            time.sleep(0.2)     # the other ranks are at work
-        finish_folder(config, settings, definition, vae, shards)
+            time.sleep(0.2)
+        finish_folder(settings.out, config, encoder, shards)
 
 def begin_folder(out, definition):
-    """Make the folder of prepare and say in it what it is to hold."""
+    """Make the folder of prepare and say in it what it is to hold. Raises ValueError where it
+    belongs to something else."""
+    check_definition(out, definition)
     path = os.path.join(out, "prepare.json")
     os.makedirs(out, exist_ok=True)
     if not os.path.exists(path):
@@ -1306,38 +1354,53 @@ def begin_folder(out, definition):
                              "made them: take another --out")
         write_json(path, definition)
 
-def finish_folder(config, settings, definition, vae, shards):
+def make_shards(encoder, out):
+    """Encode those shards of this rank (number modulo world size) that are not there yet.
+
+    A shard is SHARD_ROWS rows of a split, encoded in fixed batches. So its bytes are a function of
+    rows and flags alone, whoever makes it after whatever interruption. -> the names of all shards.
+    """
+    rank, world = ranks()
+    shards = []
+    for split, rows in encoder.splits.items():
+        for number, part in enumerate(in_parts(rows)):
+            name = f"{split}-{number:05d}.arrow"
+            path = os.path.join(out, name)
+            shards.append(name)
+            if number % world == rank and not os.path.exists(path):
+                encoder.encode(part, split, cache_file_name=f"{path}.tmp",
+                               load_from_cache_file=False)
+                os.replace(f"{path}.tmp", path)     # so that it is there whole or not at all
+    return shards
+
+def finish_folder(out, config, encoder, shards):
     """Write stats.json from the finished shards: with it the folder is a data set."""
-    tables = open_shards(settings.out, shards)
-    remarks, table = check_rows(tables, config), one_table(tables)
+    tables = open_shards(out, shards)
+    remarks, table = collect_remarks(tables, config), one_table(tables)
     rows = choose_rows(table)
     counts = {split: len(numbers) for split, numbers in rows.items()}
-    # Scale and shift are of the images to train on, and of an evaluation set of its own.
-    split = "train" if counts["train"] else "validation"
-    chosen = table.select(["mean", "square"]).take(rows[split])
+    # Shift and scale are of the images to train on, not mirrored; of all in an evaluation set.
+    chosen = rows["train" if counts["train"] else "validation"]
+    chosen = table.select(["mean", "square"]).take(chosen)
     mean, square = (np.array(column.to_pylist()).mean(0) for column in chosen.itercolumns())
-    encoders = {**definition["encoders"], "images": identity(table, rows)}
-    encoders["vae"] |= {"shift": mean.tolist(), "scale": np.sqrt(square - mean ** 2).tolist()}
-    write_json(os.path.join(settings.out, "stats.json"), {
-        "format": FORMAT,
+    scale = np.sqrt(square - mean ** 2)                                            # (C,)
+    vae = {**encoder.vae.about, "shift": mean.tolist(), "scale": scale.tolist()}
+    write_json(os.path.join(out, "stats.json"), {
+        "format": FOLDER_FORMAT,
         "input": {"resolution": config.resolution, "text": config.text,
                   "text_tokens": config.text_tokens, "text_dim": input_shape(config)["text_dim"]},
-        "channels": vae.channels,
-        "size": config.resolution // vae.factor,
-        "encoders": encoders,
-        "normalised_on": f"the {split} images, not mirrored",
-        "rows": len(table),
+        "channels": encoder.vae.channels,
+        "size": config.resolution // encoder.vae.factor,
+        "encoders": {**encoder.encoders, "vae": vae, "images": identity(table)},
         "counts": counts,
-        "skipped": sum(about["rows"] for about in remarks["skipped"].values()),
         "remarks": remarks,
         "shards": shards,
-        "flags": definition["flags"],
     })
-    for name in os.listdir(settings.out):
-        if "tmp" in name:       # of a process that was killed
-            os.remove(os.path.join(settings.out, name))
-    print(f"{settings.out}: {counts['train']:,} training and {counts['validation']:,} validation "
-          f"images, {about_remarks(remarks)}")
+    for name in os.listdir(out):        # what a killed process left: of datasets, and of ours
+        if re.search(r"^tmp\w+$|\.(arrow|json)\.tmp", name):
+            os.remove(os.path.join(out, name))
+    print(f"{out}: {counts['train']:,} training and {counts['validation']:,} validation images, "
+          f"{about_remarks(remarks)}")
 
 # ---- pictures ----------------------------------------------------------------------------------
 
@@ -1394,19 +1457,22 @@ def look(config, settings):
     save_grid(settings.out, [data.images(split, index)], data.captions(split, index), title, 6)
     print(f"{title}\nwritten: {settings.out}")
 
+COMMANDS = {    # name: (function, its own flags, its defaults of DataConfig, line of --help)
+    "look": (look, LookConfig, {},
+             "look (without a word too): a contact sheet of a data set. See also: prepare --help"),
+    "prepare": (prepare, PrepareConfig, {"resolution": 256, "out": "prepared"},
+                "prepare: encode a data set once, into a folder of latents and text features"),
+}
+
 def main():
     """data.py [look], or data.py prepare."""
-    command = sys.argv[1] if sys.argv[1:2] in (["look"], ["prepare"]) else None
-    argv = sys.argv[2 if command else 1:]
-    if command == "prepare":
-        says = "prepare: encode a data set once, into a folder of latents and text features"
-        presets = {"prepare": {"resolution": 256, "out": "prepared"}}
-        config, settings = parse_flags((DataConfig, PrepareConfig), says, presets, argv=argv)
-    else:
-        says = "look (without a word too): a contact sheet of a data set. See also: prepare --help"
-        config, settings = parse_flags((DataConfig, LookConfig), says, argv=argv)
+    named = len(sys.argv) > 1 and sys.argv[1] in COMMANDS
+    command = sys.argv[1] if named else "look"
+    run, settings, defaults, says = COMMANDS[command]
+    configs = parse_flags((DataConfig, settings), says, {command: defaults},
+                          argv=sys.argv[1 + named:])
     with errors_in_one_line("data.py"):
-        (prepare if command == "prepare" else look)(config, settings)
+        run(*configs)
 
 if __name__ == "__main__":
     main()
