@@ -30,6 +30,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
@@ -130,12 +131,8 @@ def write_whole(path, write):
 
 def write_json(path, content):
     """Write JSON. A number that is not finite is an error, so that no reader meets a NaN."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-
-    def write(temporary):
-        with open(temporary, "w") as file:
-            file.write(text + "\n")
-    write_whole(path, write)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: Path(temporary).write_text(text))
 
 def write_array(path, array):
     """Write a NumPy array as .npy."""
@@ -207,25 +204,21 @@ class DataConfig:
     def __post_init__(self):
         # A prepared folder says itself what is in it. It says so here and not at the command line,
         # because these values are a part of a run's identity, whoever makes the configuration.
-        self.fill_in(prepared_input(self))
+        for name, value in prepared_input(self).items():
+            object.__setattr__(self, name, value)       # the class is frozen
         kind, _, source = self.text.partition(":")
         if kind not in ("hash", *TEXT_ENCODERS) or (kind == "hash" and source):
             raise ValueError(f"--text {self.text}: take hash, clip, t5, clip:NAME_OR_FOLDER or "
                              "t5:NAME_OR_FOLDER")
         if self.text_tokens is None:
-            self.fill_in({"text_tokens": 16 if kind == "hash" else 77})
+            object.__setattr__(self, "text_tokens", 16 if kind == "hash" else 77)
         if self.text_dim is None and kind == "hash":
-            self.fill_in({"text_dim": 64})
+            object.__setattr__(self, "text_dim", 64)
         check_flags(self, "resolution images text_tokens text_dim take", lambda n: n >= 1,
                     "at least 1")
         for name in ("text", "flip", "stream", "take"):
             if self.data in SOURCES and getattr(self, name) != getattr(DataConfig, name):
                 raise ValueError(f"--{name} is for real images, not for --data {self.data}")
-
-    def fill_in(self, values):
-        """Set fields of this frozen class: only while it is made."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
 def data_config_of(saved, data):
     """The configuration for `data` of a model that was trained with the saved one (a dictionary).
@@ -233,21 +226,20 @@ def data_config_of(saved, data):
     For another data set than the training's, only what makes the model's input is kept: columns
     and splits are the data set's own.
     """
-    same = data == saved["data"]
-    if os.path.exists(data):
-        same |= os.path.realpath(data) == os.path.realpath(saved["data"])
+    same = os.path.realpath(data) == os.path.realpath(saved["data"])    # names stay different
     makes_input = ("resolution", "captions", "text", "text_tokens", "text_dim")
     kept = {name: value for name, value in saved.items() if same or name in makes_input}
     return DataConfig(**{**kept, "data": data})
 
 # ---- random numbers that are a function of their counter ---------------------------------------
-# A run that resumes, or has other ranks, must draw the same. So no generator is ever passed on:
+# A run that resumes, or has other ranks, must draw the same. So no state is kept between draws:
 # - `seeded` starts one of torch's generators from any numbers. It serves draws on the CPU, such as
 #   the noise of a micro-batch.
 # - `mix` hashes integers with tensor operations. It serves what is drawn on any device (torch's
-#   generators of one seed differ between CPU and CUDA), or for one sample alone (a generator has to
-#   be started for each).
-# Published numbers depend on the constants here and on those of `epoch_order` and `choose`.
+#   generators of one seed differ between CPU and CUDA), or for one sample alone (a generator would
+#   have to be started for each).
+# Permutations of images (`epoch_order`, --images) are `torch.randperm`, started from an integer.
+# Every constant here and there stays: published numbers and runs that resume depend on it.
 
 def seeded(*numbers, device="cpu"):
     """A torch generator of the numbers alone: (seed, step, micro-batch), never the rank."""
@@ -331,13 +323,13 @@ class Source:
 
         Raises ValueError where other networks made this set: its features mean something else then.
         """
-        for what in ("text", "vae"):
-            ours, theirs = (found.get(what, {}) for found in (self.encoders, encoders))
-            if ours.get("sha256") != theirs.get("sha256"):
-                ours, theirs = (f"{about['name']} (SHA-256 {about['sha256']})" if about else "none"
-                                for about in (ours, theirs))
-                raise ValueError(f"--data {self.config.data}: its {what} encoder is {ours}, the "
-                                 f"model was trained with {theirs}")
+        none = {"name": "none", "sha256": None}
+        for what in ("text", "vae"):    # other images, under "images", are what evaluation is for
+            ours, theirs = self.encoders.get(what, none), encoders.get(what, none)
+            if ours["sha256"] != theirs["sha256"]:
+                raise ValueError(f"--data {self.config.data}: its {what} encoder is {ours['name']} "
+                                 f"(SHA-256 {ours['sha256']}), the model was trained with "
+                                 f"{theirs['name']} (SHA-256 {theirs['sha256']})")
 
 def load_data(config, seed=0, device="cpu"):
     """The source that --data names, with the training order of `seed`."""
@@ -646,8 +638,7 @@ def in_parts(rows):
 # here in one place, and `read_row` alone decides whether a row can be used.
 #
 # Pillow would hand PostScript to Ghostscript, which runs it as a program: so only these.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA",
-                   "ICO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 MIN_SIDE, MAX_PIXELS = 8, 100_000_000   # smaller shows nothing, larger is a bomb (or a map)
 MAX_CAPTION = 10_000                    # characters; no encoder has slots for more
 NAMED = 10                              # rows named for each remark; all are counted
@@ -731,7 +722,7 @@ def read_row(image, caption, resolution, roots):
     """
     try:
         captions = caption_list(caption.as_py())
-        with Image.open(io.BytesIO(image_file(image.as_py(), roots)), formats=PICTURE_FORMATS) as picture:
+        with Image.open(io.BytesIO(image_file(image.as_py(), roots)), formats=FORMATS) as picture:
             width, height = picture.size
             if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
                 size = "small" if min(width, height) < MIN_SIDE else "large"
@@ -740,11 +731,10 @@ def read_row(image, caption, resolution, roots):
             if getattr(picture, "is_animated", False):
                 remarks.append("the first frame of an animation")
             pixels = to_pixels(picture, resolution).tobytes()
-    except MemoryError:
-        raise
     except Exception as error:      # Pillow and its many formats raise all kinds
         of_the_row = (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-        if isinstance(error, OSError) and error.errno not in of_the_row:
+        disk_fails = isinstance(error, OSError) and error.errno not in of_the_row
+        if disk_fails or isinstance(error, MemoryError):
             raise
         known = {UnidentifiedImageError: "no image that pillow can read",
                  UnicodeDecodeError: "its caption is not UTF-8"}
@@ -792,10 +782,14 @@ class RowEncoder:
 
         for_validation: whether these rows are, None where a tenth of them is.
         """
-        import pyarrow
+        import pyarrow.compute
         Image.init()        # or it knows no format
-        cells = [column_of(table, name)
-                 for name in (self.config.image_column, self.config.text_column)]
+        cells = []
+        for name in (self.config.image_column, self.config.text_column):
+            # json.caption is the field caption of the column json.
+            first, *fields = [name] if name in table.column_names else name.split(".")
+            column = table[first]
+            cells.append(pyarrow.compute.struct_field(column, fields) if fields else column)
         read = functools.partial(read_row, resolution=self.config.resolution, roots=self.roots)
         with ThreadPoolExecutor() as threads:       # Pillow decodes outside Python's lock
             rows = list(threads.map(read, *cells))
@@ -825,14 +819,6 @@ class RowEncoder:
             row["square"] = (mean ** 2 + np.exp(logvar)).mean((1, 2)).tolist()
             if not row["validation"]:
                 del row["pixels"]
-
-def column_of(table, name):
-    """A column, or json.caption: the field caption of the column json."""
-    import pyarrow.compute
-    if name in table.column_names:
-        return table[name]
-    column, *fields = name.split(".")
-    return pyarrow.compute.struct_field(table[column], fields)
 
 def one_table(tables):
     """{split: Dataset} -> an Arrow table of all their rows, memory-mapped as they are."""
@@ -907,23 +893,17 @@ def word_vector(word, dim):
     bits = random_bits(seed, torch.zeros(1, dtype=torch.long), dim)[0]
     return torch.special.ndtri((bits.double() + 0.5) / 2 ** 24).float().numpy()
 
-class HashText:
-    """The default text encoder: each lower-case word has its `word_vector`.
+def hash_features(captions, tokens, dim):
+    """The default features: each lower-case word has its `word_vector`. No download, no meaning.
 
-    Works for any caption, needs no download; knows nothing of meaning.
+    A list of strings -> a list of (length, F) float32 arrays, of at most S words each.
     """
-
-    def __init__(self, tokens, dim):
-        self.tokens, self.dim = tokens, dim
-
-    def features(self, captions):
-        """A list of strings -> a list of (length, F) float32 arrays, of at most S words each."""
-        found = []
-        for caption in captions:
-            words = re.findall(r"\w+", caption.lower())[:self.tokens]
-            vectors = [word_vector(word, self.dim) for word in words]
-            found.append(np.array(vectors, np.float32).reshape(-1, self.dim))
-        return found
+    found = []
+    for caption in captions:
+        words = re.findall(r"\w+", caption.lower())[:tokens]
+        vectors = [word_vector(word, dim) for word in words]
+        found.append(np.array(vectors, np.float32).reshape(-1, dim))               # (length, F)
+    return found
 
 def weights_digest(network):
     """Which weights these are: a short SHA-256 of names and values, whatever folder they are in."""
@@ -1060,12 +1040,12 @@ def epoch_order(seed, epoch, n):
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed) ^ epoch)).numpy()
 
 class StoredImages(Source):
-    """Captioned images that `datasets` reads, as pixels, or as latents where `prepare` made them.
+    """Captioned images that `datasets` reads, as pixels.
 
     Resized images and text features are kept by datasets in its cache ($HF_DATASETS_CACHE) and
-    memory-mapped from there, those of `prepare` from its folder. Training sample i is row i % n of
-    the permutation of epoch i // n, a function of (seed, epoch); which of its captions it has, and
-    whether it is mirrored, is a function of (seed, i). Validation is always as it is.
+    memory-mapped from there. Training sample i is row i % n of the permutation of epoch i // n, a
+    function of (seed, epoch). Which of its captions it has, and whether it is mirrored, is a
+    function of (seed, i). Validation has always the first caption, never a mirror image.
 
     Raises ValueError, in one line, for what can't be read.
     """
@@ -1076,7 +1056,6 @@ class StoredImages(Source):
         super().__init__(config, seed, device)
         self.table, self.encoders, self.remarks = self.open_table()
         self.rows = choose_rows(self.table)
-        self.text = HashText(config.text_tokens, config.text_dim) if config.text == "hash" else None
         self.validation_images, n = len(self.rows["validation"]), len(self.rows["train"])
         self.train_images = config.images or n
         if self.validation_images < 2:
@@ -1130,8 +1109,8 @@ class StoredImages(Source):
         """-> raw_images, text (B, S, F), text_mask (B, S), all on the device."""
         rows, picks, mirrored = self.choose(split, index)
         tokens, dim = self.shape["text_tokens"], self.shape["text_dim"]
-        if self.text:
-            parts = self.text.features(self.strings(rows, picks))
+        if self.config.text == "hash":
+            parts = hash_features(self.strings(rows, picks), tokens, dim)
         else:                           # a network's features were stored with the rows
             cells = self.table["text"]
             parts = [array_of(cells[row].values[pick], np.float16, -1, dim)        # (length, F)
@@ -1255,19 +1234,16 @@ def read_stats(folder):
 def prepared_input(config):
     """What a prepared folder says of the model's input, for DataConfig: {} for any other data.
 
-    Raises ValueError where a flag asks for something else. --text alone gives way in silence.
+    Raises ValueError where a flag asks for something else; --text and --text_dim just give way.
     """
     stats = read_stats(config.data)
     if stats is None:
         return {}
-    if config.stream or config.take:
-        raise ValueError(f"--stream and --take are for data.py prepare; --data {config.data} is "
-                         "prepared already")
-    for name in ("resolution", "text_tokens"):
-        given, value = getattr(config, name), stats["input"][name]
-        if given not in (getattr(DataConfig, name), value):
-            raise ValueError(f"--{name} {given}: {config.data} was prepared with {value}; leave "
-                             "the flag out")
+    for name in ("resolution", "text_tokens", "stream", "take"):
+        given = getattr(config, name)
+        if given not in (getattr(DataConfig, name), stats["input"].get(name)):
+            raise ValueError(f"--{name} {given}: {config.data} is prepared already, with "
+                             f"{stats['input']}: leave the flag out")
     return stats["input"]
 
 def open_shards(folder, names):
@@ -1467,10 +1443,9 @@ COMMANDS = {    # name: (function, its own flags, its defaults of DataConfig, li
 def main():
     """data.py [look], or data.py prepare."""
     named = len(sys.argv) > 1 and sys.argv[1] in COMMANDS
-    command = sys.argv[1] if named else "look"
+    command, *argv = sys.argv[1:] if named else ["look", *sys.argv[1:]]
     run, settings, defaults, says = COMMANDS[command]
-    configs = parse_flags((DataConfig, settings), says, {command: defaults},
-                          argv=sys.argv[1 + named:])
+    configs = parse_flags((DataConfig, settings), says, {command: defaults}, argv=argv)
     with errors_in_one_line("data.py"):
         run(*configs)
 
