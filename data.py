@@ -261,7 +261,7 @@ def random_bits(seed, index, draws):
     h = mix(torch.full_like(index, both_halves ^ 0x9E3779B9))
     h = mix(mix(h ^ (index & 0xFFFFFFFF)) ^ (index >> 32))                            # (B,)
     counter = torch.arange(draws, device=index.device)
-    h = mix(h[:, None] ^ (counter * 0x9E3779B9 & 0xFFFFFFFF))                         # (B, draws)
+    h = mix(h[:, None] ^ ((counter * 0x9E3779B9) & 0xFFFFFFFF))                       # (B, draws)
     return mix((h + counter) & 0xFFFFFFFF) >> 8
 
 # ---- what every data set offers ----------------------------------------------------------------
@@ -330,11 +330,6 @@ class Source:
                 raise ValueError(f"--data {self.config.data}: its {what} encoder is {ours['name']} "
                                  f"(SHA-256 {ours['sha256']}), the model was trained with "
                                  f"{theirs['name']} (SHA-256 {theirs['sha256']})")
-
-def load_data(config, seed=0, device="cpu"):
-    """The source that --data names, with the training order of `seed`."""
-    stored = StoredLatents if read_stats(config.data) else StoredImages
-    return SOURCES.get(config.data, stored)(config, seed, device)
 
 def input_shape(config):
     """The shape of what the model takes in (see Source), without reading any data."""
@@ -444,7 +439,7 @@ class Scenes(Source):
         centre = 0.1 + torch.stack([x, y], -1).float() * (0.8 / 2 ** 24)
         cell = (centre * 3).long().clamp(max=2)
         return {
-            "there": there,     # is it? Absent shapes come last: their radius is 0
+            "there": there,     # absent shapes come last: their radius is 0
             "radius": radius,
             "centre": centre,                                                      # (B, shapes, 2)
             "ground": ground * len(GROUNDS) >> 24,
@@ -848,28 +843,29 @@ def identity(table):
         content.append([(digest.to_bytes(8, "big"), row) for digest, row in zip(digests, captions)])
     return {"sha256": hashlib.sha256(repr(content).encode()).hexdigest()[:16]}
 
-def collect_remarks(tables, config):
+def collect_remarks(tables):
     """What is remarked on the rows of {split: Dataset}.
 
-    -> {"skipped" and "used": {kind: {"rows": how many, "first": the first ten of them by name}}}.
-    Raises ValueError where no row can be used, and so nothing is left to remark on.
+    -> {"skipped" and "used": {kind: {"rows": how many, "first": the first ten of them by name}}}
     """
     remarks = {"skipped": {}, "used": {}}
-    usable = 0
     for split, table in tables.items():
-        digests = table.data["digest"].is_valid().to_pylist()
-        usable += sum(digests)
-        for row, (remark, used) in enumerate(zip(table.data["remark"].to_pylist(), digests)):
+        usable = table.data["digest"].is_valid().to_pylist()
+        for row, remark in enumerate(table.data["remark"].to_pylist()):
             if remark:
-                kinds = remarks["used" if used else "skipped"]
-                about = kinds.setdefault(remark.partition(" (")[0], {"rows": 0, "first": []})
+                kind = remark.partition(" (")[0]        # see row_types
+                kinds = remarks["used" if usable[row] else "skipped"]
+                about = kinds.setdefault(kind, {"rows": 0, "first": []})
                 about["rows"] += 1
                 if about["rows"] <= NAMED:
                     about["first"].append(f"{split} {row}: {remark}")
-    if not usable:
-        raise ValueError(f"--data {config.data}: none of its {sum(map(len, tables.values())):,} "
-                         f"rows can be used: {about_remarks(remarks)}")
     return remarks
+
+def check_usable(table, remarks, config):
+    """Raise ValueError, with the remarks, where no row of the table can be used."""
+    if table["digest"].null_count == len(table):
+        raise ValueError(f"--data {config.data}: none of its {len(table):,} rows can be used: "
+                         f"{about_remarks(remarks)}")
 
 def about_remarks(remarks):
     """What was skipped, and what was done to rows that were not, in a line."""
@@ -1074,11 +1070,11 @@ class StoredImages(Source):
         # Image files beside a table of their paths may change without datasets' noticing.
         reusable = not self.config.data.endswith((".csv", ".json", ".jsonl"))
         for split, rows in encoder.splits.items():
-            parts = in_parts(rows) if self.config.stream else [rows]    # a stream fits no one map
+            parts = in_parts(rows) if self.config.stream else [rows]    # map needs a table
             tables[split] = datasets.concatenate_datasets([
                 encoder.encode(part, split, load_from_cache_file=reusable) for part in parts])
-        remarks = collect_remarks(tables, self.config)
-        table = one_table(tables)
+        table, remarks = one_table(tables), collect_remarks(tables)
+        check_usable(table, remarks, self.config)
         return table, {**encoder.encoders, "images": identity(table)}, remarks
 
     def choose(self, split, index):
@@ -1157,9 +1153,9 @@ class StoredLatents(StoredImages):
     def use_training_encoders(self, encoders):
         """See Source; takes over the training's shift and scale. `self.encoders` stays as it is."""
         super().use_training_encoders(encoders)
-        self.shift, self.scale = (
-            torch.tensor(encoders["vae"][name], dtype=torch.float64, device=self.device)
-            [:, None, None] for name in ("shift", "scale"))                        # (C, 1, 1)
+        shift, scale = (encoders["vae"][name] for name in ("shift", "scale"))
+        self.shift = torch.tensor(shift, dtype=torch.float64, device=self.device).view(-1, 1, 1)
+        self.scale = torch.tensor(scale, dtype=torch.float64, device=self.device).view(-1, 1, 1)
 
     @functools.cached_property
     def vae(self):
@@ -1176,7 +1172,7 @@ class StoredLatents(StoredImages):
     def raw_images(self, rows, mirrored):
         """-> mean and log variance of the latents, (B, 2, C, R/f, R/f) float32, on the device."""
         cells, size = self.table["moments"], self.shape["size"]
-        both = 2, 2, self.shape["channels"], size, size     # the image and its mirror image
+        both = 2, 2, self.shape["channels"], size, size     # image and mirror; mean and log variance
         moments = np.stack([array_of(cells[row], np.float16, *both)[int(mirror)]
                             for row, mirror in zip(rows, mirrored)])
         return torch.from_numpy(moments).to(self.device).float()
@@ -1200,7 +1196,12 @@ class StoredLatents(StoredImages):
             return super().raw_images(rows, mirrored)
         return self.vae.decode(self.raw_images(rows, mirrored)[:, 0])
 
-SOURCES = {"scenes": Scenes, "scenes-ood": Scenes}      # by name; every other name is StoredImages
+SOURCES = {"scenes": Scenes, "scenes-ood": Scenes}      # by name; every other data set is stored
+
+def load_data(config, seed=0, device="cpu"):
+    """The source that --data names, with the training order of `seed`."""
+    stored = StoredLatents if read_stats(config.data) else StoredImages
+    return SOURCES.get(config.data, stored)(config, seed, device)
 
 # ---- latents: made once by `prepare` -----------------------------------------------------------
 # The folder holds
@@ -1352,7 +1353,8 @@ def make_shards(encoder, out):
 def finish_folder(out, config, encoder, shards):
     """Write stats.json from the finished shards: with it the folder is a data set."""
     tables = open_shards(out, shards)
-    remarks, table = collect_remarks(tables, config), one_table(tables)
+    table, remarks = one_table(tables), collect_remarks(tables)
+    check_usable(table, remarks, config)
     rows = choose_rows(table)
     counts = {split: len(numbers) for split, numbers in rows.items()}
     # Shift and scale are of the images to train on, not mirrored; of all in an evaluation set.
