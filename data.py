@@ -77,7 +77,8 @@ def parse_flags(types, description, presets={}, positional=None, rest=False, arg
     def error(message):
         print(f"{parser.prog}: {message}", file=sys.stderr)
         sys.exit(2)
-    parser.error = error
+    parser.error = error        # argparse's own prints all flags first
+    # The preset is looked for first, because its defaults are what the parser fills in.
     preset = next(iter(presets), None)
     for word, following in zip(argv, [*argv[1:], None]):
         name, equals, value = word.partition("=")
@@ -120,7 +121,7 @@ def write_whole(path, write):
     try:
         write(temporary)
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())     # or a power cut leaves an empty file of the new name
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # torch.save reports a full disk as RuntimeError
         problem = one_line(error)
@@ -177,6 +178,8 @@ TEXT_ENCODERS = {                       # kind: its default, its class in transf
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which images and captions: the flags that data.py, train.py and sweep.py share."""
+
     data: str = flag("scenes", "scenes, scenes-ood, a folder of data.py prepare, or what datasets "
                      "reads: a file, a folder, a hub name")
     resolution: int = flag(16, "side of the square images, in pixels")
@@ -678,6 +681,7 @@ def to_pixels(image, resolution):
     side = min(image.size)
     left, upper = (image.width - side) // 2, (image.height - side) // 2
     square = image.convert("RGB").crop((left, upper, left + side, upper + side))
+    # When it shrinks, Pillow widens the kernel: nothing aliases.
     return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
 
 def image_file(cell, roots):
@@ -691,6 +695,7 @@ def image_file(cell, roots):
     path = cell.get("path")
     if not path:
         raise ValueError("no image")
+    # Neither ".." nor a link may lead out: a data set from the hub must not read other files.
     real = os.path.realpath(os.path.join(roots[0], path))
     if not any(real.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
         raise ValueError(f"its path leads out of the data ({path[:200]})")
@@ -887,6 +892,7 @@ def word_vector(word, dim):
     """The frozen vector of a word: (F,) normal float32 numbers that depend on the word alone."""
     seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=6).digest(), "big")
     bits = random_bits(seed, torch.zeros(1, dtype=torch.long), dim)[0]
+    # Quantiles of the normal distribution; the half keeps them finite.
     return torch.special.ndtri((bits.double() + 0.5) / 2 ** 24).float().numpy()
 
 def hash_features(captions, tokens, dim):
@@ -970,6 +976,7 @@ class PretrainedText:
         different, found = list(dict.fromkeys(captions)), {}
         for start in range(0, len(different), ENCODE_BATCH):
             some = different[start:start + ENCODE_BATCH]
+            # Always of one length, so that no caption's features depend on its neighbours.
             tokens = self.tokenizer(some, padding="max_length", truncation=True,
                                     max_length=self.tokens, return_tensors="pt")
             mask = tokens["attention_mask"].to(self.network.device)
@@ -1172,7 +1179,7 @@ class StoredLatents(StoredImages):
     def raw_images(self, rows, mirrored):
         """-> mean and log variance of the latents, (B, 2, C, R/f, R/f) float32, on the device."""
         cells, size = self.table["moments"], self.shape["size"]
-        both = 2, 2, self.shape["channels"], size, size     # image and mirror; mean and log variance
+        both = 2, 2, self.shape["channels"], size, size     # image, mirror; mean, log variance
         moments = np.stack([array_of(cells[row], np.float16, *both)[int(mirror)]
                             for row, mirror in zip(rows, mirrored)])
         return torch.from_numpy(moments).to(self.device).float()
@@ -1276,10 +1283,14 @@ def check_definition(out, definition):
 
 @dataclass(frozen=True)
 class LookConfig:
+    """The flags of `data.py look` beside those of DataConfig."""
+
     out: str = flag("look.png", "what to write: the picture of look, or the folder of prepare")
 
 @dataclass(frozen=True)
 class PrepareConfig(LookConfig):
+    """The flags of `data.py prepare` beside those of DataConfig."""
+
     vae: str = flag("stabilityai/sd-vae-ft-mse", "AutoencoderKL of diffusers, hub name or folder")
 
 def prepare(config, settings):
