@@ -3,21 +3,25 @@
     python evaluate.py results/my-quick --metrics loss vlb nll fd --data scenes scenes-ood
     python evaluate.py results/my-quick/RUN/budget_1e+12 --metrics fd --guidance 2
     torchrun --nproc_per_node=2 -- evaluate.py ...    the same numbers, the images shared out
+                                (without `--` torchrun would take our --n for one of its own flags)
 
     loss   validation loss on the trainer's fixed images, times and noises
     vlb    variational bound, bits per dimension of 8-bit pixels
-    nll    exact likelihood of the sampler's ODE, in the same unit
-    fd     Frechet distance between samples and the real images with the same captions;
-           with it kid and, on scenes, caption_accuracy, which look at the same samples
+    nll    exact likelihood of the sampler's ODE, in the same unit; with vlb also vlb_minus_nll
+    fd     Frechet distance between samples and the real images with the same captions; from the
+           same samples kid (kernel distance) and, on scenes, caption_accuracy
 
-Numbers go to metrics_DATASET.json beside the weights, each with the protocol it was measured by,
-and the best model's samples to samples_DATASET.png. A number that is there with the same protocol
-is not measured again, so the same command resumes. A killed one repeats one metric of one model.
-To add a metric, write a function and a line in METRICS.
+Numbers go to metrics_DATASET.json beside the weights, each with the protocol it was measured by.
+A number that is there with the same protocol is not measured again, so the same command resumes. A
+killed one repeats one of the --metrics of one model. Samples of the best model, the lowest in the
+first of --metrics, go to samples_DATASET.png.
+
+A new distance between samples and real images is a function and a line in DISTANCES. What needs
+other computations is a protocol, a function and a line in GROUPS.
 """
 import functools
-import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -36,29 +40,33 @@ import fit
 import flow
 import train
 from data import (COLOURS, GROUNDS, KINDS, MAX_SHAPES, PLACES, SIZES, check_flags, data_config_of,
-                  errors_in_one_line, flag, load_data, one_line, parse_flags, ranks, read_json,
-                  save_grid, seeded, write_array, write_json)
+                  errors_in_one_line, errors_say_what_to_fetch, flag, load_data, one_line,
+                  parse_flags, ranks, read_json, save_grid, seeded, weights_digest, write_array,
+                  write_json)
 from model import DiT, ModelConfig
 
+METRICS = "loss", "vlb", "nll", "fd"   # what --metrics takes
 VLB_TIMES = 64            # noised versions of each image
 PICTURE_GUIDANCE = 1, 3   # side by side in the picture of samples
 READER = Path(__file__).parent / "results" / "reader" / "reader.safetensors"
-READER_SHA256 = "c39e39aac6aa1f2c"
-HUB_NAMES = {"clip": "openai/clip-vit-large-patch14", "dinov2": "facebook/dinov2-large"}
+READER_SHA256 = "80fb16e0ba8bd504"
+PRETRAINED = {            # --features: its default, its class in transformers, which output it is
+    "clip": ("openai/clip-vit-large-patch14", "CLIPVisionModelWithProjection", "image_embeds"),
+    "dinov2": ("facebook/dinov2-large", "Dinov2Model", "pooler_output")}
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     path: str = flag("results/my-quick", "a sweep (its points in fit.py's parabolas), a run, a "
                      "point or a file of weights")
-    metrics: List[str] = flag(["loss"], "of loss, vlb, nll and fd; with fd come kid and "
-                              "caption_accuracy")
+    metrics: List[str] = flag(["loss"], "some of loss, vlb, nll and fd; with fd come kid "
+                              "and, on scenes, caption_accuracy")
     data: Optional[List[str]] = flag(None, "data sets (default: the one of the training)")
     n: Optional[int] = flag(None, "images (default: loss as in training, vlb 500, nll 250, "
                             "fd 2000; the paper: 10000)")
     steps: int = flag(16, "Heun steps of a sample")
     guidance: float = flag(1.0, "of the samples of fd")
-    features: str = flag("scenes", "of fd: scenes, clip, dinov2, or other weights: clip:FOLDER, "
-                         "dinov2:HUB_NAME")
+    features: str = flag("scenes", "of fd: scenes (measures nothing else), clip, dinov2, or "
+                         "other weights: clip:FOLDER, dinov2:HUB_NAME")
     save_images: Optional[str] = flag(None, "folder for samples and real images of fd as PNG files")
     likelihood_steps: int = flag(32, "Heun steps of nll")
     samples: int = flag(16, "samples in the picture; 0: no picture")
@@ -73,9 +81,9 @@ class EvaluateConfig:
         for name in self.metrics:
             if name not in METRICS:
                 raise ValueError(f"--metrics {name}: take some of {', '.join(METRICS)}")
-            if self.guidance != 1 and METRICS[name][1] is not sample_protocol:
-                raise ValueError(f"--guidance {self.guidance:g}: a guided model has no density, so "
-                                 f"{name} is at guidance 1; take --metrics fd alone")
+        if self.guidance != 1 and set(self.metrics) != {"fd"}:
+            raise ValueError(f"--guidance {self.guidance:g}: a guided model has no density; take "
+                             f"--metrics fd alone")
 
 # ---- the models ----------------------------------------------------------------------------------
 
@@ -113,36 +121,22 @@ def load_models(path, device):
             about = torch.load(path, map_location="cpu", weights_only=True)
             weights = {"ema": about["ema"], "raw": about["model"]}
         definition, shape = json.loads(about["definition"]), json.loads(about["shape"])
-        models = {}
-        for kind in weights:
-            models[kind] = DiT(ModelConfig(**definition["model"]), **shape)
-            models[kind].load_state_dict(weights[kind])
-            models[kind].to(device).requires_grad_(False)
+        models = {kind: DiT(ModelConfig(**definition["model"]), **shape) for kind in weights}
+        for kind, model in models.items():
+            model.load_state_dict(weights[kind])
+            model.to(device).requires_grad_(False)
         return models, definition, shape
     except Exception as error:  # each reader raises its own kinds; whichever, the file is of no use
         raise ValueError(f"{path}: torn, or not a model of isoflow with averaged weights (ema): "
                          f"{one_line(error)}") from None
 
-def fingerprint(*modules):
-    """SHA-256 of their tensors by name, shortened: which weights these are.
-
-    Not of a file, since safetensors orders its metadata at random.
-    """
-    digest = hashlib.sha256()
-    # An averaged and a raw model have the same names, so the order of the modules counts.
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-@dataclass(eq=False)  # hashed by identity, for the cache of paired_features
+@dataclass
 class Subject:
     """A trained model on a data set: what a metric is measured on."""
     config: EvaluateConfig
     path: Path          # of the weights
-    models: dict        # {"ema": DiT}, and "raw" where the file is a checkpoint
-    weights: str        # their fingerprint
+    models: dict        # {"ema": DiT}, and "raw" of a checkpoint
+    weights: str        # their digest: a number is of these weights alone
     definition: dict    # of the run: the configurations of model, data and training
     data: object        # a source of data.py
     network: object     # images -> features (load_network); None where no metric needs it
@@ -151,11 +145,6 @@ class Subject:
     def precision(self):
         """Of the products: the same as in training."""
         return self.definition["train"]["precision"]
-
-    @property
-    def dims(self):
-        """Numbers in an x."""
-        return self.data.shape["channels"] * self.data.shape["size"] ** 2
 
     def file(self, what, suffix):
         """A file beside the weights about this data set, metrics_scenes.json for instance."""
@@ -178,12 +167,12 @@ class Reader(nn.Module):
 
     SIDE = 16
     CLASSES = {"kind": len(KINDS), "colour": len(COLOURS), "size": len(SIZES)}
-    width = 128
-    about = {"network": "results/reader/reader.safetensors", "sha256": READER_SHA256,
-             "resize": f"antialiased bilinear to {SIDE} pixels where the side differs"}
 
     def __init__(self):
         super().__init__()
+        self.width = 128
+        self.about = {"network": "results/reader/reader.safetensors", "sha256": READER_SHA256,
+                      "resize": "antialiased bilinear to 16 pixels where the side differs"}
         layers = []
         for inputs, outputs, stride in ((3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1),
                                         (64, 48, 2)):
@@ -236,6 +225,7 @@ class Reader(nn.Module):
         shown, wanted = {}, {}
         for name, logits in self.read(features).items():
             want = asked[name] > 0
+            # The rank of each class, 0 for the most likely: its place in the sorted order.
             rank = logits.argsort(dim=-1, descending=True).argsort(dim=-1)
             hit = want & (rank < want.sum(-1, keepdim=True))
             shown[name] = hit.sum((1, 2)).double()
@@ -246,44 +236,39 @@ class Reader(nn.Module):
 def load_reader(path):
     """The Reader in a file, to be used."""
     reader = Reader()
-    weights = {name: weight.float() for name, weight in load_file(path).items()}
-    # The file lacks BatchNorm's counters of batches; a fingerprint tells if it lacks anything else.
-    reader.load_state_dict(weights, strict=False)
+    # The file leaves out BatchNorm's counters of batches, which only training needs.
+    reader.load_state_dict(reader.state_dict() | load_file(path))
     return reader.eval().requires_grad_(False)
 
 class PretrainedFeatures:
     """CLIP's image embeddings (the paper's choice) or DINOv2's pooled output, by transformers.
 
-    Raises ValueError where `source`, a hub name or a folder, has no such weights.
+    Raises ValueError where `source`, a hub name or a folder ("": the default), has no such weights.
     """
 
     def __init__(self, kind, source, device):
         import transformers  # here, since it takes seconds that scenes need not spend
         transformers.logging.set_verbosity_error()
-        network, self.output, width = {
-            "clip": (transformers.CLIPVisionModelWithProjection, "image_embeds", "projection_dim"),
-            "dinov2": (transformers.Dinov2Model, "pooler_output", "hidden_size")}[kind]
-        try:
+        default, network, self.output = PRETRAINED[kind]
+        network, source = getattr(transformers, network), source or default
+        weights = "preprocessor_config.json model.safetensors"
+        with errors_say_what_to_fetch("features", source, weights):
             self.network, loaded = network.from_pretrained(source, use_safetensors=True,
                                                            output_loading_info=True)
             self.processor = transformers.AutoImageProcessor.from_pretrained(source)
             missing = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
             if missing:  # transformers would fill them with random numbers
                 raise ValueError(f"a {network.__name__} has {len(missing)} weights that it lacks")
-        except Exception as error:  # transformers and the hub raise many kinds
-            raise ValueError(
-                f"--features {kind}: cannot load {source} ({one_line(error)}). Without network: "
-                f"fetch config.json, preprocessor_config.json and model.safetensors of "
-                f"{HUB_NAMES[kind]} elsewhere, then --features {kind}:FOLDER") from None
         self.network.to(device).eval().requires_grad_(False)
-        self.width = getattr(self.network.config, width)
-        self.about = {"network": source, "sha256": fingerprint(self.network),
+        config = self.network.config
+        self.width = config.projection_dim if kind == "clip" else config.hidden_size
+        self.about = {"network": source, "sha256": weights_digest(self.network),
                       "resize": f"{type(self.processor).__name__}: {self.processor.size}, "
                                 f"resample {self.processor.resample}"}
 
     def __call__(self, images):
         """Images (B, 3, R, R) uint8 -> features (B, width)."""
-        pictures = [to_picture(image) for image in images]
+        pictures = list(images.permute(0, 2, 3, 1).cpu().numpy())
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         return self.network(pixels.to(self.network.device))[self.output]
 
@@ -294,13 +279,13 @@ def load_network(features, device):
     there is no such network.
     """
     kind, _, source = features.partition(":")
-    if kind in HUB_NAMES:
-        return PretrainedFeatures(kind, source or HUB_NAMES[kind], device)
+    if kind in PRETRAINED:
+        return PretrainedFeatures(kind, source, device)
     if features != "scenes":
-        raise ValueError(f"--features {features}: take scenes, or one of {', '.join(HUB_NAMES)} "
+        raise ValueError(f"--features {features}: take scenes, or one of {', '.join(PRETRAINED)} "
                          f"with :HUB_NAME or :FOLDER for other weights of that kind")
     reader = load_reader(READER)
-    if fingerprint(reader) != READER_SHA256:
+    if weights_digest(reader) != READER_SHA256:
         raise ValueError(f"{READER}: not the network of everybody else ({READER_SHA256}): "
                          f"git checkout it, or give other --features")
     return reader.to(device)
@@ -315,7 +300,8 @@ def for_each_image(n, batch, compute, what):
     rank, world = ranks()
     batches = torch.arange(n).split(batch)
     values = [None] * len(batches)
-    for number in tqdm(range(rank, len(batches), world), what, leave=False, disable=rank > 0):
+    for number in tqdm(range(rank, len(batches), world), f"{what}, {n} images", leave=False,
+                       disable=rank > 0):
         values[number] = compute(batches[number]).double().cpu()
     if world > 1:  # everybody gets everybody's list, with None where others were at work
         parts = [None] * world
@@ -333,7 +319,7 @@ def refusal(values):
         reason = f"not finite for {len(bad)} of {len(values)} images, first {bad[:5]}"
         return {"value": None, "se": None, "reason": reason}
 
-def summary(values):
+def mean_number(values):
     """{"value", "se"}: the mean of values (n,) and its standard error, or a refusal."""
     mean, error = flow.mean_and_standard_error(values)
     return refusal(values) or {"value": mean, "se": error}
@@ -344,7 +330,7 @@ def common_protocol(subject, images):
     Raises ValueError where --n is more than there are.
     """
     data, n = subject.data, subject.config.n
-    there = data.validation_images or float("inf")  # scenes are endless
+    there = data.validation_images or math.inf  # scenes are endless
     if n and n > there:
         raise ValueError(f"--n {n}: {data.config.data} has only {there} for validation")
     about = {"weights": subject.weights, "precision": subject.precision, "data": data.config.data,
@@ -354,7 +340,7 @@ def common_protocol(subject, images):
         about["images"] = data.encoders["images"]["sha256"]
     return about
 
-# ---- loss ----------------------------------------------------------------------------------------
+# ---- loss and likelihoods: groups of metrics that need no samples --------------------------------
 
 def loss_protocol(subject):
     """The trainer's own noises and times, so that the number is that of its record."""
@@ -362,19 +348,17 @@ def loss_protocol(subject):
     return {**common_protocol(subject, images), "seed": train.VALIDATION_SEED,
             "times": "logit-normal, stratified"}
 
-def loss(subject, protocol):
-    """{"val_loss_ema"}, and "val_loss" of raw weights: as the trainer computes it, per element."""
+def measure_loss(subject, protocol):
+    """{"loss"}, and "raw_loss" of raw weights: as the trainer computes them, per element."""
     numbers = {}
     for kind, model in subject.models.items():
         losses, times = train.validation_losses(model, subject.data, protocol["n"],
                                                 subject.precision, *ranks())
-        number = {**summary(losses), "weights": kind}
+        number = {**mean_number(losses), "weights": kind}
         if number["value"] is not None:
             number["by_time"] = flow.loss_by_time(losses, times)
-        numbers["val_loss_ema" if kind == "ema" else "val_loss"] = number
+        numbers["loss" if kind == "ema" else "raw_loss"] = number
     return numbers
-
-# ---- likelihoods ---------------------------------------------------------------------------------
 
 def likelihood_protocol(subject, images):
     """What vlb and nll have in common. Their noises, times and probes are drawn by the batch."""
@@ -384,7 +368,7 @@ def likelihood_protocol(subject, images):
 
 def vlb_protocol(subject):
     """Times and noises from the seed, and the range of times that is integrated."""
-    return {**likelihood_protocol(subject, 500), "t0": flow.VLB_RANGE[0], "t1": flow.VLB_RANGE[1],
+    return {**likelihood_protocol(subject, 500), "t0": flow.VLB_START, "t1": 1.0,
             "times": f"{VLB_TIMES} an image, stratified in log t"}
 
 def nll_protocol(subject):
@@ -393,83 +377,84 @@ def nll_protocol(subject):
             "steps": subject.config.likelihood_steps,
             "probes": "1 of random signs, new at each evaluation"}
 
-def likelihood_of_images(subject, protocol, measure):
-    """The number of measure(x, text, text_mask, seed) -> (b, columns), nats first; other columns.
+def likelihood_of_images(subject, protocol, metric, measure):
+    """measure(x, text, text_mask, seed) -> (b, columns), of all images: columns of (n,) each.
 
-    x has its uniform noise (of latents: is drawn from the VAE's posterior). The nats of each image
-    are kept in METRIC_DATASET.npy, so that models can be compared image by image.
+    The first column must be nats. They are kept in METRIC_DATASET.npy, so that models can be
+    compared image by image. x has its uniform noise (latents: are drawn from the VAE's posterior).
     """
-    data, metric = subject.data, protocol["metric"]
+    data = subject.data
 
     def compute(index):
         raw, text, text_mask = data.batch("validation", index)
         first = index[0].item()
         x = data.to_x(raw, seeded("u", protocol["seed"], first))
+        # flow.py starts generators of its own, so it is given a number.
         seed = seeded(metric, protocol["seed"], first).initial_seed()
         with train.autocast(x.device, subject.precision):
             return measure(x, text, text_mask, seed)
-    nats, *columns = for_each_image(protocol["n"], protocol["batch"], compute, metric).T
+    columns = for_each_image(protocol["n"], protocol["batch"], compute, metric).T
     if ranks()[0] == 0:
-        write_array(subject.file(metric, ".npy"), nats.numpy())
-    return bits_per_dim(subject, nats, pixels=not data.latents), columns
+        write_array(subject.file(metric, ".npy"), columns[0].numpy())
+    if ranks()[1] > 1:
+        dist.barrier()  # every rank will read the file for vlb_minus_nll
+    return columns
 
-def bits_per_dim(subject, nats, pixels):
+def bits_number(subject, nats, pixels):
     """The number of nats (n,) in bits per dimension; pixels: of a density of 8-bit pixels."""
-    return {**summary(flow.bits_per_dim(nats, subject.dims, pixels)), "weights": "ema",
+    dims = subject.data.shape["channels"] * subject.data.shape["size"] ** 2
+    return {**mean_number(flow.bits_per_dim(nats, dims, pixels)), "weights": "ema",
             "unit": "bits/latent dim" if subject.data.latents else "bits/dim",
-            "nats_per_image": summary(nats)["value"]}
+            "nats_per_image": mean_number(nats)["value"]}
 
-def vlb(subject, protocol):
+def measure_vlb(subject, protocol):
     """{"vlb"}: the bound on -log p of the reverse SDE (flow.vlb), and its parts in nats."""
-    names = "prior", "diffusion", "reconstruction"
-
     def measure(x, text, text_mask, seed):
         bound = flow.vlb(subject.models["ema"], x, text, text_mask, VLB_TIMES, seed)
-        return torch.stack([bound[name] for name in ("nats", *names)], dim=1)
-    number, columns = likelihood_of_images(subject, protocol, measure)
-    for name, column in zip(names, columns):
-        number[f"{name}_nats"] = summary(column)["value"]
-    return {"vlb": number}
+        return torch.stack([bound["nats"], bound["diffusion"], bound["reconstruction"]], dim=1)
+    nats, diffusion, reconstruction = likelihood_of_images(subject, protocol, "vlb", measure)
+    return {"vlb": {**bits_number(subject, nats, pixels=not subject.data.latents),
+                    "prior_nats": 0.0,  # at t1 = 1, where x_t is noise alone
+                    "diffusion_nats": mean_number(diffusion)["value"],
+                    "reconstruction_nats": mean_number(reconstruction)["value"]}}
 
-def nll(subject, protocol):
+def measure_nll(subject, protocol):
     """{"nll"}: -log p of the sampler's ODE (flow.log_likelihood).
 
     se_of_probes: what the random probes alone leave of uncertainty in the mean.
     """
     def measure(x, text, text_mask, seed):
-        nats, error, _ = flow.log_likelihood(subject.models["ema"], x, text, text_mask,
-                                             protocol["steps"], seed=seed)
-        return torch.stack([-nats, error], dim=1)
-    number, (errors,) = likelihood_of_images(subject, protocol, measure)
+        log_p, error, _ = flow.log_likelihood(subject.models["ema"], x, text, text_mask,
+                                              protocol["steps"], seed=seed)
+        return torch.stack([-log_p, flow.bits_per_dim(error, x[0].numel(), pixels=False)], dim=1)
+    nats, errors = likelihood_of_images(subject, protocol, "nll", measure)
+    number = bits_number(subject, nats, pixels=not subject.data.latents)
     if number["value"] is not None:
-        error = errors.square().mean().sqrt() / len(errors) ** 0.5
-        number["se_of_probes"] = flow.bits_per_dim(error, subject.dims, pixels=False).item()
+        number["se_of_probes"] = errors.square().sum().sqrt().item() / len(errors)
     return {"nll": number}
 
-def vlb_minus_nll(subject, protocol):
-    """{"vlb_minus_nll"}: their difference, image by image, over the images of nll.
+def measure_vlb_minus_nll(subject, protocol):
+    """{"vlb_minus_nll"}: their difference, image by image, over the images of nll (vlb has more).
 
-    {} where no vlb of the same weights, images and noise is saved, or it is of fewer images.
+    It varies far less than either, since both have the same images and noises.
     """
-    saved = read_saved(subject)
-    if ranks()[0] > 0 or "vlb" not in saved:  # rank 0 alone has written the files
-        return {}
-    of_vlb = saved["vlb"]["protocol"]
-    shared = of_vlb.keys() & protocol.keys() - {"metric", "n"}
-    if any(of_vlb[key] != protocol[key] for key in shared) or of_vlb["n"] < protocol["n"]:
-        return {}
     vlb, nll = (np.load(subject.file(metric, ".npy")) for metric in ("vlb", "nll"))
     gap = torch.from_numpy(vlb[:len(nll)] - nll)
-    return {"vlb_minus_nll": bits_per_dim(subject, gap, pixels=False)}
+    # Not as pixels: the 7 bits that this would add are in both, and cancel.
+    return {"vlb_minus_nll": bits_number(subject, gap, pixels=False)}
 
 # ---- samples -------------------------------------------------------------------------------------
 
-def sample_protocol(subject):
+def fd_protocol(subject):
     """How the samples are drawn, in which space they are compared, and with what.
 
-    Raises ValueError for no more images than features: a covariance would be singular.
+    Raises ValueError for images that the network can't tell apart, and for no more images than
+    features: a covariance would be singular.
     """
     config, network, data = subject.config, subject.network, subject.data
+    if config.features == "scenes" and not data.describes:
+        raise ValueError(f"--features scenes: reads coloured shapes, so it measures nothing on "
+                         f"--data {data.config.data}; take --features clip or dinov2")
     about = common_protocol(subject, 2000)
     if about["n"] <= network.width:
         raise ValueError(f"--n {about['n']}: {config.features} has {network.width} features, so "
@@ -481,31 +466,11 @@ def sample_protocol(subject):
     return {**about, "seed": config.seed, "solver": "heun", "steps": config.steps,
             "guidance": config.guidance, "features": network.about, "reference": reference}
 
-@functools.cache  # the same for all models
-def real_features(network, data, n, batch, folder):
-    """Of the validation images 0 to n - 1, which also go to PNG files in a folder: (n, width)."""
-    def compute(index):
-        images = data.images("validation", index)
-        save_images(folder, "real", images, index)
-        return network(images)
-    return for_each_image(n, batch, compute, "real images")
-
-@functools.lru_cache(maxsize=1)  # fd, kid and caption_accuracy look at the same samples
-def paired_features(subject, n):
-    """Of real images and of samples for their captions, nan of samples that are not finite.
-
-    Two (n, width) float64.
-    """
-    config, data, network = subject.config, subject.data, subject.network
-
-    def compute(index):
-        x = subject.samples(index, config.guidance)
-        images = data.to_levels(x.nan_to_num())
-        save_images(config.save_images, "samples", images, index)
-        finite = torch.isfinite(x).flatten(1).all(1, keepdim=True)
-        return torch.where(finite, network(images), torch.nan)
-    samples = for_each_image(n, config.batch, compute, "samples")
-    return real_features(network, data, n, config.batch, config.save_images), samples
+@functools.cache  # they are the same for all models
+def real_features(network, data, n, batch):
+    """Of the validation images 0 to n - 1: (n, width) float64."""
+    return for_each_image(n, batch, lambda index: network(data.images("validation", index)),
+                          "real images")
 
 def frechet_distance(one, two):
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of features (n, d) and (m, d).
@@ -546,96 +511,100 @@ def bootstrap_error(distance, real, samples, resamples=30):
     drawn = [random.integers(len(real), size=len(real)) for _ in range(resamples)]
     return float(np.std([distance(real[rows], samples[rows]) for rows in drawn], ddof=1))
 
-def of_features(distance):
-    """The metric of a distance between two sets of features, (n, d) arrays -> float.
+def save_pngs(folder, kind, images, index):
+    """PNG files in folder/kind that clean-fid and torch-fidelity read, one an image."""
+    target = Path(folder) / kind
+    target.mkdir(parents=True, exist_ok=True)
+    for number, image in zip(index.tolist(), images.permute(0, 2, 3, 1).cpu().numpy()):
+        Image.fromarray(image).save(target / f"{number:06d}.png")
 
-    halves_of_real, the distance between two halves of the real images, is a yardstick. A perfect
-    model falls below it: its samples have the captions of the images that they are compared with.
+# Functions of features of real images and of samples, (n, d) arrays -> float: one metric each.
+DISTANCES = {"fd": frechet_distance, "kid": kernel_distance}
+
+def distance_number(distance, real, samples):
+    """The number of one of DISTANCES. Beside it, as a yardstick, between two halves of real images.
+
+    A perfect model falls below it: its samples have the captions of what they are compared with.
     """
-    def measure(subject, protocol):
-        real, samples = paired_features(subject, protocol["n"])
-        number = refusal(samples)
-        if number is None:
-            real, samples = real.numpy(), samples.numpy()
-            halves = real[::2], real[1::2]
-            singular = len(halves[1]) <= subject.network.width
-            number = {"value": distance(real, samples),
-                      "se": bootstrap_error(distance, real, samples),
-                      "halves_of_real": None if singular else distance(*halves), "weights": "ema"}
-        return {f"{protocol['metric']}_{subject.config.features.partition(':')[0]}": number}
-    return measure
+    halves = real[::2], real[1::2]
+    singular = len(halves[1]) <= real.shape[1]
+    return {"value": distance(real, samples), "se": bootstrap_error(distance, real, samples),
+            "halves_of_real": None if singular else distance(*halves)}
 
-def caption_accuracy(subject, protocol):
-    """{"caption_accuracy"}: the share of what captions ask for that the Reader finds in samples.
+def measure_fd(subject, protocol):
+    """{"fd", "kid", "caption_accuracy"}, all from the same samples; the last where it applies."""
+    config, data, network, n = subject.config, subject.data, subject.network, protocol["n"]
+
+    def features_of_samples(index):
+        x = subject.samples(index, config.guidance)
+        images = data.to_levels(x.nan_to_num())
+        if config.save_images:
+            save_pngs(config.save_images, "samples", images, index)
+            save_pngs(config.save_images, "real", data.images("validation", index), index)
+        finite = torch.isfinite(x).flatten(1).all(1, keepdim=True)
+        return torch.where(finite, network(images), torch.nan)  # so that the number is refused
+    samples = for_each_image(n, config.batch, features_of_samples, "samples")   # (n, width)
+    real = real_features(network, data, n, config.batch)                        # (n, width)
+    numbers = {metric: refusal(samples) or distance_number(distance, real.numpy(), samples.numpy())
+               for metric, distance in DISTANCES.items()}
+    if "caption_accuracy" in keys_of("fd", subject):
+        numbers["caption_accuracy"] = refusal(samples) or caption_accuracy(subject, real, samples)
+    return {metric: {**number, "weights": "ema"} for metric, number in numbers.items()}
+
+def caption_accuracy(subject, real, samples):
+    """The share of what captions ask for that the Reader finds in samples, from features (n, d).
 
     Beside it the shares in real images and, which is what chance gives, in samples for the caption
-    of the next image. {} where nothing describes the images, or captions are cut.
+    of the next image.
     """
     data = subject.data
-    words = 5 if data.config.captions == "sparse" else 1 + 5 * MAX_SHAPES
-    if subject.config.features != "scenes" or not data.describes or data.config.text_tokens < words:
-        return {}
 
     def shares(features, index):
         asked = Reader.asked(data.describe("validation", index), data.config.captions)
         return subject.network.accuracy(features.float().to(data.device), asked)
 
-    def means(shares):  # without what no caption asks for
+    def means(shares):
         values = {name: share.nanmean().item() for name, share in shares.items()}
-        return {name: round(value, 5) for name, value in values.items() if value == value}
-    real, samples = paired_features(subject, protocol["n"])
+        # What no caption asks for has no mean: a sparse one names no ground.
+        return {name: round(value, 5) for name, value in values.items() if not math.isnan(value)}
     index = torch.arange(len(samples))
     own = shares(samples, index)
-    return {"caption_accuracy": refusal(samples) or {
-        **summary(own["all"]), "weights": "ema", "samples": means(own),
-        "real_images": means(shares(real, index)),
-        "samples_for_other_captions": means(shares(samples, index + 1))}}
-
-# name: (function(subject, protocol) -> {key in the file: number}, function(subject) -> protocol).
-# A number is {"value", "se", ...}. A metric that does not apply to the data gives {}. Who asks for
-# one gets all with its protocol: they look at the same images, and samples are what costs.
-METRICS = {
-    "loss": (loss, loss_protocol),
-    "vlb": (vlb, vlb_protocol),
-    "nll": (nll, nll_protocol),
-    "vlb_minus_nll": (vlb_minus_nll, nll_protocol),
-    "fd": (of_features(frechet_distance), sample_protocol),
-    "kid": (of_features(kernel_distance), sample_protocol),
-    "caption_accuracy": (caption_accuracy, sample_protocol),
-}
-
-# ---- pictures ------------------------------------------------------------------------------------
-
-def to_picture(image):
-    """(3, R, R) uint8 -> a PIL image."""
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-
-def save_images(folder, kind, images, index):
-    """PNG files that clean-fid and torch-fidelity read, one an image; none where folder is None."""
-    if folder:
-        target = Path(folder) / kind
-        target.mkdir(parents=True, exist_ok=True)
-        for number, image in zip(index.tolist(), images):
-            to_picture(image).save(target / f"{number:06d}.png")
-
-def save_samples(subject):
-    """A picture of held-out images and, beside each, samples for its caption."""
-    data, config = subject.data, subject.config
-    # Another model's scale and shift of the latents may have come in between.
-    data.use_training_encoders(subject.definition.get("encoders", {}))
-    index = torch.arange(min(config.samples, data.validation_images or config.samples))
-    groups, title = [data.images("validation", index)], "held-out image"
-    for guidance in PICTURE_GUIDANCE:
-        groups.append(data.to_levels(subject.samples(index, guidance)))
-        title += f" | sample, guidance {guidance}"
-    dataset = Path(data.config.data).stem
-    target = subject.path.with_name(f"samples_{dataset}.png")
-    save_grid(target, groups, data.captions("validation", index),
-              f"{' '.join(target.resolve().parts[-3:-1])} on {dataset}: {title} "
-              f"(EMA weights, {config.steps} Heun steps)")
-    print(f"written: {target}")
+    return {**mean_number(own["all"]), "samples": means(own),
+            "real_images": means(shares(real, index)),
+            "samples_for_other_captions": means(shares(samples, index + 1))}
 
 # ---- the command ---------------------------------------------------------------------------------
+
+# A group is measured at once, because its metrics look at the same images or samples. It has
+#     protocol(subject) -> all that its numbers depend on, a dictionary
+#     measure(subject, protocol) -> {metric: {"value", "se", "weights", ...}}, lower is better
+GROUPS = {
+    "loss": (loss_protocol, measure_loss),
+    "vlb": (vlb_protocol, measure_vlb),
+    "nll": (nll_protocol, measure_nll),
+    "vlb_minus_nll": (nll_protocol, measure_vlb_minus_nll),  # comes with vlb and nll
+    "fd": (fd_protocol, measure_fd),
+}
+
+def keys_of(group, subject):
+    """{metric: the name of its number in the file}, of all metrics of a group that apply.
+
+    fit.py makes a law of each name. So a loss has the name that it has in a record, a distance
+    names its features, and what guided samples are measured by names the guidance.
+    """
+    if group == "loss":
+        raw = {"raw_loss": "val_loss"} if "raw" in subject.models else {}
+        return {"loss": "val_loss_ema", **raw}
+    if group != "fd":
+        return {group: group}
+    config, data = subject.config, subject.data.config
+    keys = {metric: f"{metric}_{config.features.partition(':')[0]}" for metric in DISTANCES}
+    # Captions that may have been cut don't ask for all that their images show.
+    words = 5 if data.captions == "sparse" else 1 + 5 * MAX_SHAPES
+    if config.features == "scenes" and data.text_tokens >= words:
+        keys["caption_accuracy"] = "caption_accuracy"
+    guided = "" if config.guidance == 1 else f"_g{config.guidance:g}"
+    return {metric: key + guided for metric, key in keys.items()}
 
 def read_saved(subject):
     """The numbers in metrics_DATASET.json, {} where it is not there.
@@ -652,55 +621,63 @@ def read_saved(subject):
     return content["metrics"]
 
 def say(subject, key, number):
-    """Print a number with its protocol."""
-    said = f"refused, {number.get('reason')}"
+    """Print a number, of how many images it is, and its protocol."""
+    said, protocol = f"refused, {number.get('reason')}", number["protocol"]
     if number["value"] is not None:
         said = f"{number['value']:.4f} +- {number['se']:.4f}"
-    protocol = ", ".join(f"{name} {value}" for name, value in number["protocol"].items())
-    tqdm.write(f"{subject.path} on {subject.data.config.data}: {key} {said}; {protocol}")
+    tqdm.write(f"{subject.path} on {subject.data.config.data}: {key} {said} ({protocol['n']} images"
+               f"); {', '.join(f'{name} {value}' for name, value in protocol.items())}")
 
-def evaluate_point(subject):
-    """Measure and write what is missing, print all. -> the value of the first number.
-
-    By it models are ranked: the first metrics of METRICS are better where they are lower.
-    """
-    config, saved, values = subject.config, read_saved(subject), []
-    wanted = {METRICS[name][1] for name in config.metrics}
-    protocols = {name: {"metric": name, **protocol_of(subject)}
-                 for name, (_, protocol_of) in METRICS.items() if protocol_of in wanted}
-    for name, protocol in protocols.items():
-        numbers = {key: number for key, number in saved.items() if number["protocol"] == protocol}
-        if not numbers or config.save_images:
-            # A guided number has a name of its own, and so a law of its own.
-            suffix = "" if protocol["guidance"] == 1 else f"_g{protocol['guidance']:g}"
-            for key, number in METRICS[name][0](subject, protocol).items():
-                numbers[key + suffix] = {**number, "protocol": protocol}
-            saved |= numbers
-            if numbers and ranks()[0] == 0:
-                write_json(subject.file("metrics", ".json"), {
-                    "schema": train.SCHEMA, "data": subject.data.config.data, "metrics": saved})
-        if not numbers and name in config.metrics and ranks()[0] == 0:
-            raise ValueError(f"--metrics {name}: can't be measured on {subject.data.config.data}")
-        for key, number in numbers.items():
-            values.append(number["value"])
+def evaluate_model(subject):
+    """Measure what is missing, write it and print all. -> the value of the first of --metrics."""
+    config, saved, asked = subject.config, read_saved(subject), set(subject.config.metrics)
+    if {"vlb", "nll"} <= asked:
+        asked.add("vlb_minus_nll")
+    # All protocols first: what can't be measured is refused before hours are spent on the rest.
+    protocols = {group: GROUPS[group][0](subject) for group in GROUPS if group in asked}
+    for group, protocol in protocols.items():
+        keys = keys_of(group, subject)
+        wanted = {key: {"metric": metric, **protocol} for metric, key in keys.items()}
+        there = all(key in saved and saved[key]["protocol"] == wanted[key] for key in wanted)
+        if not there or config.save_images:  # which wants the samples themselves
+            numbers = GROUPS[group][1](subject, protocol)
+            for metric, key in keys.items():
+                saved[key] = {**numbers[metric], "protocol": wanted[key]}
+            content = {"schema": train.SCHEMA, "data": subject.data.config.data, "metrics": saved}
             if ranks()[0] == 0:
-                say(subject, key, number)
-    return values[0]
+                write_json(subject.file("metrics", ".json"), content)
+        for key in keys.values() if ranks()[0] == 0 else ():
+            say(subject, key, saved[key])
+    first = config.metrics[0]
+    return saved[keys_of(first, subject)[first]]["value"]
+
+def save_picture(subject):
+    """A picture of held-out images and, beside each, samples for its caption."""
+    data, config = subject.data, subject.config
+    # Another model's scale and shift of the latents may have come in between.
+    data.use_training_encoders(subject.definition.get("encoders", {}))
+    index = torch.arange(min(config.samples, data.validation_images or config.samples))
+    groups, title = [data.images("validation", index)], "held-out image"
+    for guidance in PICTURE_GUIDANCE:
+        groups.append(data.to_levels(subject.samples(index, guidance)))
+        title += f" | sample, guidance {guidance}"
+    dataset = Path(data.config.data).stem
+    target = subject.path.with_name(f"samples_{dataset}.png")
+    save_grid(target, groups, data.captions("validation", index),
+              f"{' '.join(target.resolve().parts[-3:-1])} on {dataset}: {title} "
+              f"(EMA weights, {config.steps} Heun steps)")
+    print(f"written: {target}")
 
 def check_image_folder(config, files):
     """Raises ValueError where --save_images would mix images of several models or calls."""
-    if len(files) > 1 or len(config.data or [""]) > 1 or config.metrics != ["fd"]:
-        raise ValueError(f"--save_images {config.save_images}: takes --metrics fd of one model "
-                         f"on one data set")
     folder = Path(config.save_images)
+    if len(files) > 1 or len(config.data or [""]) > 1 or config.metrics != ["fd"]:
+        raise ValueError(f"--save_images {folder}: takes --metrics fd of one model on one data set")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--save_images {folder}: not empty, so other images would be among these")
 
 def evaluate(config):
-    """All metrics of all models on all data sets, and a picture of the best model's samples.
-
-    Raises ValueError for input that can't be used.
-    """
+    """All metrics of all models on all data sets, and a picture of the best model's samples."""
     rank, world = ranks()
     files = find_weights(config.path)
     if config.save_images:
@@ -708,25 +685,24 @@ def evaluate(config):
     device, _ = train.find_device(config.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    of_samples = any(METRICS[name][1] is sample_protocol for name in config.metrics)
-    network = load_network(config.features, device) if of_samples else None
-    load_once = functools.cache(load_data)
-    best = {}  # of each data set the lowest value, and whose it is
+    network = load_network(config.features, device) if "fd" in config.metrics else None
+    load_once = functools.cache(load_data)  # data sets are the same for all models
+    best = {}  # of each data set: the lowest value, and whose it is
     for path in tqdm(files, desc="evaluating", unit="model", disable=rank > 0):
         models, definition, shape = load_models(path, device)
-        weights = fingerprint(*models.values())
+        weights = "+".join(weights_digest(model) for model in models.values())
         for dataset in config.data or [definition["data"]["data"]]:
             data = load_once(data_config_of(definition["data"], dataset), 0, device)
             data.use_training_encoders(definition.get("encoders", {}))
             if data.shape != shape:
                 raise ValueError(f"--data {dataset} gives {data.shape}, the model takes {shape}")
             subject = Subject(config, path, models, weights, definition, data, network)
-            value = evaluate_point(subject)
+            value = evaluate_model(subject)
             if value is not None and (dataset not in best or value < best[dataset][0]):
                 best[dataset] = value, subject
     if config.samples and rank == 0:
         for _, subject in best.values():
-            save_samples(subject)
+            save_picture(subject)
 
 def main():
     (config,) = parse_flags((EvaluateConfig,), __doc__, positional="path")

@@ -96,9 +96,9 @@ def sample(v, eps, text, text_mask, steps=16, solver="heun", guidance=1.0):
         x_t = x_t + (t_next - t) * slope
     return x_t
 
-# t0 and t1 of the bound. Levels of 8-bit pixels are 1/128 apart: below t0 = 2^-8, half of that, an
-# image differs from its noised version by less than the uniform noise inside a level.
-VLB_RANGE = 2 ** -8, 1.0
+# t0 of the bound. Levels of 8-bit pixels are 1/128 apart: below t0 = 2^-8, half of that, an image
+# differs from its noised version by less than the uniform noise inside a level.
+VLB_START = 2 ** -8
 
 def sum_dims(values):
     """(B, ...) -> (B,): the sum over all but the batch, in float64."""
@@ -171,25 +171,26 @@ def log_likelihood(v, x, text, text_mask, steps=32, probes=1, seed=0):
     return log_normal + integral, variance.sqrt(), 2 * steps
 
 @torch.no_grad()
-def vlb(v, x, text, text_mask, times=64, seed=0, t0=VLB_RANGE[0], t1=VLB_RANGE[1]):
-    """The variational bound on -log p(x): {"nats" (B,), its parts "prior", "diffusion",
-    "reconstruction" (B,), "t0", "t1"}, in nats, summed over dimensions.
+def vlb(v, x, text, text_mask, times=64, seed=0, t0=VLB_START):
+    """The variational bound on -log p(x): {"nats" (B,), and its two parts, "diffusion" (B,) and
+    "reconstruction" (B,)}, in nats, summed over dimensions.
 
-    -log p(x) <= prior + int_t0^t1 (1-t)/t |v_model - v|^2 dt + reconstruction (Kingma et al. 2021,
-    arXiv 2107.00630, eq. 11-17, with (alpha, sigma) = (1-t, t): half of d(SNR)/dt times the squared
-    error of x, which is t |error of v|). prior = KL(q(x_t1 | x) || N(0, I)); reconstruction is
-    -log N(x; x_t0 / (1-t0), (t0 / (1-t0))^2), in expectation: without it the sum depends on t0 and
-    bounds nothing. It bounds the density of the reverse *SDE* that has this v, not that of the
-    sampler's ODE (log_likelihood): they agree for the exact field, and no order holds in general.
+    -log p(x) <= int_t0^1 (1-t)/t |v_model - v|^2 dt + reconstruction (Kingma et al. 2021, arXiv
+    2107.00630, eq. 11-17, with (alpha, sigma) = (1-t, t): half of d(SNR)/dt times the squared error
+    of x, which is t |error of v|). Their third part, the prior KL(q(x_1 | x) || N(0, I)), is 0: x_1
+    is noise alone. reconstruction is -log N(x; x_t0 / (1-t0), (t0 / (1-t0))^2), in expectation:
+    without it the sum depends on t0 and bounds nothing. It bounds the density of the reverse *SDE*
+    that has this v, not that of the sampler's ODE (log_likelihood): they agree for the exact field,
+    and no order holds in general.
 
     The integral is stratified in log t, one time in each of `times` slices for each image, each
     with its own noise, from `seed`: with dt = t dlog t the integrand is (1-t) |error|^2, which is
     tame. Training times re-weighted would never do: of the logit-normal 2e-6 lies below t = 0.01.
-    Raises ValueError unless 0 < t0 < t1 <= 1.
+    Raises ValueError unless 0 < t0 < 1.
     """
-    if not 0 < t0 < t1 <= 1:
-        raise ValueError(f"t0 = {t0:g}, t1 = {t1:g}: must be 0 < t0 < t1 <= 1")
-    generator, dims, length = torch.Generator().manual_seed(seed), x[0].numel(), math.log(t1 / t0)
+    if not 0 < t0 < 1:
+        raise ValueError(f"t0 = {t0:g}: must be in (0, 1)")
+    generator, length = torch.Generator().manual_seed(seed), math.log(1 / t0)
     diffusion = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for k in range(times):
         jitter = torch.rand(len(x), generator=generator, dtype=torch.float64)
@@ -198,11 +199,10 @@ def vlb(v, x, text, text_mask, times=64, seed=0, t0=VLB_RANGE[0], t1=VLB_RANGE[1
         x_t = (1 - per_image(t, x)) * x + per_image(t, x) * eps
         error = v(x_t, t, text, text_mask).to(x) - (eps - x)
         diffusion += (1 - t) * sum_dims(error.square()) * length / times
-    prior = 0.5 * ((1 - t1) ** 2 * sum_dims(x.square()) + dims * (t1 ** 2 - 1 - 2 * math.log(t1)))
     per_dim = 0.5 * (math.log(2 * math.pi * t0 ** 2 / (1 - t0) ** 2) + 1)
-    reconstruction = torch.full_like(prior, dims * per_dim)
-    return {"nats": prior + diffusion + reconstruction, "prior": prior, "diffusion": diffusion,
-            "reconstruction": reconstruction, "t0": t0, "t1": t1}
+    reconstruction = torch.full_like(diffusion, x[0].numel() * per_dim)
+    return {"nats": diffusion + reconstruction, "diffusion": diffusion,
+            "reconstruction": reconstruction}
 
 def bits_per_dim(nats, dims, pixels=True):
     """-log p in nats per image -> bits per dimension; of 8-bit pixels k if x = (k + u) / 128 - 1.

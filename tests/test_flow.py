@@ -112,7 +112,6 @@ def test_guidance_on_every_channel():
     ("rk99", lambda v, x: flow.sample(v, x, None, None, solver="rk99")),
     ("1 step", lambda v, x: flow.log_likelihood(v, x, None, None, steps=1)),
     ("t0", lambda v, x: flow.vlb(v, x, None, None, t0=0)),
-    ("t1", lambda v, x: flow.vlb(v, x, None, None, t1=1.5)),
 ])
 def test_impossible_arguments_are_refused(refused, call):
     with pytest.raises(ValueError, match=refused):
@@ -235,12 +234,7 @@ def test_vlb_of_the_optimal_field_is_the_entropy(s, entropy, monkeypatch):
     x = s * even_normal((20_000, 1)).abs()    # halves alike; the bound sees x^2 only
     bound = flow.vlb(gaussian_field(s), x, None, None, times=1024, t0=1e-4)
     assert bound["nats"].mean().item() == pytest.approx(entropy, abs=1e-4)
-    assert (bound["prior"] == 0).all() and (bound["t0"], bound["t1"]) == (1e-4, 1.0)
-    parts = bound["prior"] + bound["diffusion"] + bound["reconstruction"]
-    assert torch.allclose(parts, bound["nats"])
-    # The prior takes over what is cut.
-    early = flow.vlb(gaussian_field(s), x, None, None, times=256, t0=1e-4, t1=0.9)
-    assert (early["prior"] > 0).any() and entropy < early["nats"].mean() < entropy + 0.02
+    assert torch.equal(bound["diffusion"] + bound["reconstruction"], bound["nats"])
     wrong = flow.vlb(lambda x_t, t, *_: gaussian_field(s)(x_t, t) + 0.3, x, None, None, t0=1e-4)
     assert wrong["nats"].mean() > entropy + 0.5
 

@@ -71,6 +71,25 @@ def tiny_t5(folder):
     return f"t5:{folder}"
 
 
+def tiny_vision(kind, folder):
+    """A network of transformers with random weights, in the genuine format, and its processor."""
+    import transformers
+    torch.manual_seed(0)
+    common = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+                  patch_size=8)
+    sides = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    if kind == "clip":
+        config = transformers.CLIPVisionConfig(intermediate_size=64, projection_dim=24, **common)
+        network = transformers.CLIPVisionModelWithProjection(config)
+        processor = transformers.CLIPImageProcessor(**sides)
+    else:
+        network = transformers.Dinov2Model(transformers.Dinov2Config(**common))
+        processor = transformers.BitImageProcessor(do_center_crop=True, **sides)
+    network.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return network.eval(), processor
+
+
 def picture(k, side=20, format="PNG", mode="RGB", **more):
     """The bytes of an image file, a different one for each k: blobs, as smooth as photographs."""
     small = np.random.default_rng(k).integers(0, 256, (4, 4, 3), dtype=np.uint8)

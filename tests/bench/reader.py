@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import evaluate
-from data import DataConfig, Scenes, write_whole
+from data import DataConfig, Scenes, weights_digest, write_whole
 from evaluate import Reader
 
 
@@ -83,7 +83,7 @@ def main():
         read = ", ".join(f"{name} {score.nanmean():.1%}" for name, score in scores.items())
         print(f"{world.config.data}: it reads {read}")
     print(f"written: {flags.file}, {os.path.getsize(flags.file):,} bytes, "
-          f"READER_SHA256 {evaluate.fingerprint(reader)}")
+          f"READER_SHA256 {weights_digest(reader)}")
 
 
 if __name__ == "__main__":
