@@ -815,15 +815,17 @@ def test_evaluation_of_latents_with_the_normalisation_of_the_training(tmp_path, 
     few = dict(path=str(point), samples=2, steps=2, likelihood_steps=2, device="cpu")
     evaluate.evaluate(evaluate.EvaluateConfig(
         metrics=["loss", "vlb", "nll"], data=[str(prepared), str(other)], n=8, **few))
-    evaluate.evaluate(evaluate.EvaluateConfig(metrics=["fd"], data=[str(other)], n=130, **few))
+    tiny.tiny_vision("dinov2", tmp_path / "dinov2")
+    evaluate.evaluate(evaluate.EvaluateConfig(
+        metrics=["fd"], data=[str(other)], n=130, features=f"dinov2:{tmp_path / 'dinov2'}", **few))
     for name in (prepared.name, "other"):
         metrics = json.loads((point / f"metrics_{name}.json").read_text())["metrics"]
         nll = metrics["nll"]
         assert metrics["vlb"]["unit"] == nll["unit"] == "bits/latent dim"
         assert "posterior" in nll["protocol"]["dequantised"]
         assert nll["value"] == pytest.approx(nll["nats_per_image"] / (4 * 4 * 4 * np.log(2)))
-    assert metrics["fd_scenes"]["value"] > 0
-    assert "own pixels" in metrics["fd_scenes"]["protocol"]["reference"]
+    assert metrics["fd_dinov2"]["value"] > 0
+    assert "own pixels" in metrics["fd_dinov2"]["protocol"]["reference"]
     ours, foreign = (load_data(DataConfig(data=str(one))) for one in (prepared, other))
     raw = foreign.batch("validation", torch.arange(4))[0]
     x = [source.to_x(raw, torch.Generator().manual_seed(0)) for source in (ours, foreign)]
