@@ -78,9 +78,8 @@ class EvaluateConfig:
         check_flags(self, "steps batch", lambda number: number >= 1, "at least 1")
         check_flags(self, "n likelihood_steps", lambda number: number >= 2, "at least 2")
         check_flags(self, "samples", lambda number: number >= 0, "at least 0")
-        for name in self.metrics:
-            if name not in METRICS:
-                raise ValueError(f"--metrics {name}: take some of {', '.join(METRICS)}")
+        for name in set(self.metrics) - set(METRICS):
+            raise ValueError(f"--metrics {name}: take some of {', '.join(METRICS)}")
         if self.guidance != 1 and set(self.metrics) != {"fd"}:
             raise ValueError(f"--guidance {self.guidance:g}: a guided model has no density; take "
                              f"--metrics fd alone")
@@ -138,13 +137,9 @@ class Subject:
     models: dict        # {"ema": DiT}, and "raw" of a checkpoint
     weights: str        # their digest: a number is of these weights alone
     definition: dict    # of the run: the configurations of model, data and training
+    precision: str      # of the products: the same as in training
     data: object        # a source of data.py
     network: object     # images -> features (load_network); None where no metric needs it
-
-    @property
-    def precision(self):
-        """Of the products: the same as in training."""
-        return self.definition["train"]["precision"]
 
     def file(self, what, suffix):
         """A file beside the weights about this data set, metrics_scenes.json for instance."""
@@ -646,8 +641,10 @@ def evaluate_model(subject):
             content = {"schema": train.SCHEMA, "data": subject.data.config.data, "metrics": saved}
             if ranks()[0] == 0:
                 write_json(subject.file("metrics", ".json"), content)
-        for key in keys.values() if ranks()[0] == 0 else ():
-            say(subject, key, saved[key])
+        if ranks()[0] == 0:
+            for key in wanted:
+                say(subject, key, saved[key])
+    # The main metric of a group has the group's name.
     first = config.metrics[0]
     return saved[keys_of(first, subject)[first]]["value"]
 
@@ -690,14 +687,16 @@ def evaluate(config):
     best = {}  # of each data set: the lowest value, and whose it is
     for path in tqdm(files, desc="evaluating", unit="model", disable=rank > 0):
         models, definition, shape = load_models(path, device)
+        precision = definition["train"]["precision"]
         weights = "+".join(weights_digest(model) for model in models.values())
         for dataset in config.data or [definition["data"]["data"]]:
             data = load_once(data_config_of(definition["data"], dataset), 0, device)
             data.use_training_encoders(definition.get("encoders", {}))
             if data.shape != shape:
                 raise ValueError(f"--data {dataset} gives {data.shape}, the model takes {shape}")
-            subject = Subject(config, path, models, weights, definition, data, network)
+            subject = Subject(config, path, models, weights, definition, precision, data, network)
             value = evaluate_model(subject)
+            # A refused number is None, and so never the best.
             if value is not None and (dataset not in best or value < best[dataset][0]):
                 best[dataset] = value, subject
     if config.samples and rank == 0:

@@ -58,7 +58,8 @@ def subject_of(point, **flags):
     models, definition, _ = evaluate.load_models(Path(point), torch.device("cpu"))
     source = data.load_data(data.DataConfig(**definition["data"]))
     return evaluate.Subject(evaluate.EvaluateConfig(**flags), Path(point), models, "weights",
-                            definition, source, evaluate.load_network("scenes", "cpu"))
+                            definition, "float32", source,
+                            evaluate.load_network("scenes", "cpu"))
 
 
 def measure(group, subject):
