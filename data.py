@@ -40,19 +40,11 @@ from transformers import HfArgumentParser
 
 # ---- small things that several files share -----------------------------------------------------
 
-def flag(default, help, defines=True):
-    """A field of a configuration: one flag of the command line, with its line of --help.
-
-    defines: whether it can change a result, and so is a part of what defines a run.
-    """
-    about = {"help": help, "defines": defines}
+def flag(default, help):
+    """A field of a configuration: one flag of the command line, with its line of --help."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=about)
-    return field(default=default, metadata=about)
-
-def defines(config, name):
-    """Is this flag of a configuration a part of what defines a run?"""
-    return config.__dataclass_fields__[name].metadata.get("defines", True)
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 def check_flags(config, names, test, must):
     """Raise a ValueError that names the flag where a value that is given fails the test."""

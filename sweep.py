@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import (DataConfig, check_flags, defines, errors_in_one_line, flag, input_shape,
+from data import (DataConfig, check_flags, errors_in_one_line, flag, input_shape,
                   load_data, parse_flags, read_stats)
 from fit import PEAK, WINDOW
 from model import FAMILY_CONFIG, FAMILY_INPUT, DiT, ModelConfig, family
@@ -43,7 +43,8 @@ BUDGETS = {"paper": [1e17, 3e17, 6e17, 1e18, 3e18, 6e18],
            "quick": [6.4e10, 1.28e11, 2.56e11, 5.12e11, 1.024e12, 2.048e12]}
 TRAINED = 1.625 * WINDOW        # 6.5: sizes within this factor of the expected optimum are trained
 SEED_REPEATS = {(2, 40): [1]}   # the quick grid repeats its middle size, to measure seed noise
-NOT_VARIED = ("depth", "width", "seed")   # a sweep sets them for each run itself
+# Not for --vary: what a sweep sets for each run itself, and what changes no law.
+NOT_VARIED = ("depth", "width", "seed", *train.TrainConfig.FREE)
 H100_FLOPS = 0.4e12 * PEAK["H100"]   # what can't be timed is stated in H100-hours at 40% MFU
 FAR = "far from the expected optimum (--window)"   # why most cells are left out
 HERE = Path(__file__).resolve().parent
@@ -426,7 +427,7 @@ def varied(sweep, flags):
     key, _, values = sweep.vary.partition("=")
     values = values.split(",")
     known = [one.name for config in (ModelConfig, DataConfig, train.TrainConfig)
-             for one in fields(config) if defines(config, one.name) and one.name not in NOT_VARIED]
+             for one in fields(config) if one.name not in NOT_VARIED]
     if key not in known:
         raise ValueError(f"--vary {sweep.vary}: {key or 'nothing'} can't be varied, these can: "
                          f"{', '.join(known)}")

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow
-from data import (DataConfig, about_remarks, check_flags, defines, differences, errors_in_one_line,
+from data import (DataConfig, about_remarks, check_flags, differences, errors_in_one_line,
                   flag, load_data, one_line, parse_flags, ranks, read_json, save_grid, seeded,
                   write_array, write_json, write_whole)
 from fit import PEAK
@@ -59,19 +59,18 @@ PRESETS = {"quick": {},
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The flags of training. A new one needs a line here, and its use.
+    """The flags of training. A new one is a line here, and its use.
 
     Folders that were begun before it mean its default, and `sweep.py --vary` takes it. One that
-    changes no result says defines=False: it may then differ when a run is resumed.
+    changes no result stands in FREE: it may then differ when a run is resumed.
     """
 
-    budget: List[float] = flag([3e11], "training FLOPs, one or several rising numbers",
-                               defines=False)
-    out: Optional[str] = flag(None, "folder (default: results/train/depth.._width.._seed..)",
-                              defines=False)
+    FREE = ("budget", "out", "preset", "device", "threads")
+
+    budget: List[float] = flag([3e11], "training FLOPs, one or several rising numbers")
+    out: Optional[str] = flag(None, "folder (default: results/train/depth.._width.._seed..)")
     preset: Literal["quick", "paper"] = flag(
-        "quick", "defaults of the other flags: quick (a laptop) or paper (arXiv 2410.08184)",
-        defines=False)
+        "quick", "defaults of the other flags: quick (a laptop) or paper (arXiv 2410.08184)")
     seed: int = flag(0, "of the weights, the order of the data and all noise in training")
     count: Literal["exact", "6nd"] = flag("exact", "what a budget counts: every product, or 6*N*D")
     batch: int = flag(16, "images a step, over all devices (the paper: 1024)")
@@ -92,10 +91,9 @@ class TrainConfig:
         f"(a CPU: from width {CPU_BFLOAT16_WIDTH}), else float32")
     compile: Literal["auto", "on", "off"] = flag(
         "auto", "torch.compile; auto: on a GPU (on a CPU it takes half a minute)")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train", defines=False)
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
     threads: Optional[int] = flag(
-        None, f"CPU threads (default: all cores, but at most width / {THREAD_WIDTH} on a CPU)",
-        defines=False)
+        None, f"CPU threads (default: all cores, but at most width / {THREAD_WIDTH} on a CPU)")
 
     def __post_init__(self):
         check_flags(self, "batch micro_batches accumulate warmup threads", lambda n: n >= 1,
@@ -299,7 +297,8 @@ def definition_of(model_config, data_config, config, encoders):
     would have to stand here. encoders: of the data set (`data.encoders`), the weights that made its
     latents and features.
     """
-    settings = {name: value for name, value in asdict(config).items() if defines(config, name)}
+    settings = {name: value for name, value in asdict(config).items()
+                if name not in config.FREE}
     definition = {"schema": SCHEMA, "model": asdict(model_config), "data": asdict(data_config),
                   "train": settings}
     return {**definition, "encoders": encoders} if encoders else definition
