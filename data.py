@@ -265,7 +265,9 @@ class Source:
     """What the other files know of a data set. A new one is a subclass and a line in SOURCES.
 
     split is "train" or "validation", index is (B,) int64 on the CPU. All that a source returns is a
-    pure function of (config, seed, split, index). The methods here are those of 8-bit pixels.
+    pure function of (config, seed, split, index); of the validation set not even of the seed, and
+    its images never come in training. A source itself heeds --images (so many different ones in
+    training) and --captions. The methods here are those of 8-bit pixels.
 
     config, seed, device   as given; `seed` is that of the training order
     shape                  {"channels", "size", "text_tokens", "text_dim"}: the model's input
@@ -278,7 +280,8 @@ class Source:
     originals              sides of the images before they were resized, (n, 2), or None
     prefetch               is the next batch worth a thread of its own?
     latents                is x a latent rather than pixels? (for units and protocols)
-    describes              does `describe(split, index)` tell what is in an image?
+    describes              is it a world of Scenes, whose `describe(split, index)` tells what is in
+                           an image? Then evaluate.py scores captions by it.
     """
 
     prefetch = latents = describes = False
@@ -556,7 +559,8 @@ def locate(path):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         caches = [huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
         return path, None, caches
-    raise ValueError(f"--data {path}: no such file or folder, and no hub name OWNER/NAME")
+    raise ValueError(f"--data {path}: no such file or folder, no hub name OWNER/NAME, and none of "
+                     f"{', '.join(SOURCES)}")
 
 def open_splits(config):
     """The rows that the flags ask for, undecoded.

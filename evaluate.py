@@ -341,7 +341,7 @@ def loss_protocol(subject):
     """The trainer's own noises and times, so that the number is that of its record."""
     images = subject.definition["train"]["val_images"] or train.VALIDATION_IMAGES
     return {**common_protocol(subject, images), "seed": train.VALIDATION_SEED,
-            "times": "logit-normal, stratified"}
+            "times": "logit-normal, stratified"}   # stored and compared: never reword a protocol
 
 def measure_loss(subject, protocol):
     """{"loss"}, and "raw_loss" of raw weights: as the trainer computes them, per element."""

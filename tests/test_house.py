@@ -3,13 +3,17 @@ import pytest
 
 import house
 
-LIMITS = {"lines": 3200, "over 100": 0, "longest": 80, "flags": 75}
+# The aim for the lines was 3,200 (see the closing note of issue 12 for what stands against it).
+LIMITS = {"lines": 6100, "over 100": 0, "longest": 80, "flags": 75}
 HOUSE = house.measures(house.ROOT)
 
 
 @pytest.mark.parametrize("what", LIMITS)
 def test_the_house_stays_small(what):
-    assert HOUSE["all"][what] <= LIMITS[what], {name: one[what] for name, one in HOUSE.items()}
+    files = {name: one[what] for name, one in HOUSE.items()}
+    assert HOUSE["all"][what] <= LIMITS[what], (
+        f"{what}: at most {LIMITS[what]}, there are {files}. Take something away, or raise LIMITS "
+        "and say for what in the commit.")
 
 
 def test_a_quarter_of_it_is_comments_and_docstrings():
