@@ -775,6 +775,7 @@ def report_of(fitted):
         "metrics": {label: metric_report(fitted, label) for label in labels},
         "offsets": offsets(fitted), "parametric": form_report(fitted),
         "method_spread": method_spread(fitted), **extrapolations(fitted),
+        "runs_left_out": runs_left_out(points) if noise.nested else [],
         "noise": noise_of_a_point(points, fitted.metric), "points": point_reports(fitted)}
     report["reasons"] = reasons(fitted.law, report)
     report["warnings"] = warnings(fitted, report)
@@ -875,6 +876,26 @@ def jackknife(vertices, name):
     left = [power_law(vertices[:i] + vertices[i + 1:], name).exponent for i in range(k)]  # (k,)
     error = stdtrit(k - 1, 0.975) * math.sqrt((k - 1) * np.var(left))
     return [exponent - error, exponent + error]
+
+def runs_left_out(points):
+    """The exponents of N*, D* and the loss without each run in turn. Which run carries the law?
+
+    A run through many budgets bends all their parabolas at once, in the same direction. No interval
+    shows that. Only for points that share runs: else every point would be a row.
+    """
+    points, rows = replace(points, metrics={}), []
+    for run in np.unique(points.run):
+        kept = points.run != run
+        rest = points.take(kept)
+        vertices = [parabola(rest, b) for b in range(len(points.budgets))]
+        lines = law_through(vertices, ["loss"], ["N", "D"]).lines
+        exponents = {f"exponent_{kind}": lines[name].exponent if lines[name].exists else None
+                     for kind, name in (("N", "N"), ("D", "D"), ("L", "loss"))}
+        first = points.records[np.flatnonzero(~kept)[0]]
+        rows.append({"left_out": Path(str(first.get("run", points.N[~kept][0]))).name,
+                     "N": float(points.N[~kept][0]),
+                     "budgets": sum(not vertex.reason for vertex in vertices), **exponents})
+    return rows
 
 def why_no_floor(law, name):
     """Why the loss or a metric has no law with a floor, in words; None: it has one."""
@@ -1114,6 +1135,11 @@ def warnings(fitted, report):
     used = [vertex.C for vertex in law.usable()] or [math.nan]
     rejected = sum(not draw.lines["N"].exists for draw in fitted.draws)
     epochs = max(float(record.get("epochs") or 0) for record in points.records)
+    # Of the runs the one without which the exponent of N* moves most.
+    exponent = law.lines["N"].exponent
+    found = [row for row in report["runs_left_out"] if row["exponent_N"] is not None]
+    carrier = max(found, key=lambda row: abs(row["exponent_N"] - exponent),
+                  default={"left_out": "", "exponent_N": exponent})
     far = 250 * points.budgets.max()  # the paper extrapolates that far
     gap = law.lines["loss"].predict(far) / law.floors["loss"].predict(far) - 1
     kind = "one run per N, read at several budgets" if report["nested"] else "independent runs"
@@ -1126,6 +1152,9 @@ def warnings(fitted, report):
          f"parabolas' {low:.3f} to {high:.3f}"),
         (jack > 1.5 * (high - low), "the budgets scatter around the line of N* more than their "
          "points' noise explains: take the jackknife's interval"),
+        (abs(carrier["exponent_N"] - exponent) > (high - low) / 4, f"without the run "
+         f"{carrier['left_out']} the exponent of N* is {carrier['exponent_N']:.3f}, not "
+         f"{exponent:.3f}: the law hangs on it more than its interval shows"),
         (spread > high - low, f"the methods differ by {spread:.3f} in the exponent of N*, more "
          "than its interval is wide"),
         (epochs > 1, f"these runs saw each image up to {epochs:.1f} times; the paper saw each "
@@ -1419,6 +1448,7 @@ def sections(report, reference):
     yield ("Parametric: loss = E + A N^-alpha + B D^-beta, so N* ~ C^a",
            listed(report["parametric"]))
     yield ("The exponent of N* by method", listed(report["method_spread"]["methods"]))
+    yield ("Which run carries the law? Each left out in turn", report["runs_left_out"])
     yield ("Budgets", budgets, "used")
     yield ("Missing, and why", listed(report["reasons"] | report.get("not_compared", {})))
     yield ("Noise of a point, % of the loss", listed(report["noise"]))

@@ -10,7 +10,8 @@ differ in how the image learns of text and time:
     mmdit       image and text, two streams with their own weights, meet in one attention; time and
                 text shift, scale and gate both (adaLN-Zero; Stable Diffusion 3, arXiv 2403.03206)
 
-A fourth one is one more class like InContext below and its line in ARCHITECTURES.
+A fourth one is a block, a class with `build` and `transform` like InContext below, and its line in
+ARCHITECTURES. A parameter of its own needs a role, a new top-level module a line in GROUPS.
 `python model.py [ARCH ...]` prints the families of models. This file knows nothing of noise or of
 data.
 N = parameters (in the blocks, unless said otherwise), C = training FLOPs. Shapes in the comments:
@@ -320,7 +321,7 @@ class Transformer(nn.Module):
         return rearrange(v, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=self.size // p)
 
     def parameter_groups(self, lr):
-        """Parameters for an optimiser, each group with its learning rate.
+        """Parameters for an optimiser, each group with its learning rate. The last has `lr` itself.
 
         mup, after Yang et al. 2022 (arXiv 2203.03466, table 3, Adam): a matrix whose input grows
         with the width gets a rate proportional to 1/width, and everything else (biases, norms,
@@ -341,8 +342,9 @@ class Transformer(nn.Module):
     def count_parameters(self):
         """N by group: blocks, embedding, head, total. The law is of the blocks by default.
 
-        The one modulation of cross, which its blocks share, is counted as embedding, as in PixArt's
-        own count. Raises ValueError for a module that is in no group.
+        A modulation inside a block counts as blocks (mmdit). The one of cross, which its blocks
+        share, counts as embedding, as in PixArt's own count. Raises ValueError for a module that is
+        in no group.
         """
         N = {"blocks": 0, "embedding": 0, "head": 0, "total": 0}
         for name, parameter in self.named_parameters():

@@ -377,6 +377,16 @@ def ema_exponent(relative_width):
         low, high = (middle, high) if sigma > relative_width else (low, middle)
     return low
 
+def make_optimizer(model, config):
+    """AdamW over the model's groups, each with its rate (mup).
+
+    Whatever stands here must not amplify rounding: the numbers may not depend on the devices. Its
+    own work is not a part of C; AdamW's is nothing beside a step.
+    """
+    groups = model.parameter_groups(config.lr)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True,
+                             weight_decay=config.weight_decay)
+
 class TrainState:
     """One model on its way to its budgets: settings, data, weights, optimiser and counters.
 
@@ -423,9 +433,7 @@ class TrainState:
         self.model = DiT(model_config, **data.shape).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.gamma = ema_exponent(config.ema_width)
-        groups = self.model.parameter_groups(config.lr)    # with a rate each: mup
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True,
-                                           weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(self.model, config)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step_flops = config.batch * self.model.flops_per_image()
         self.network = self.model   # is called for gradients; the model itself is what is saved
@@ -522,7 +530,7 @@ def sum_over_devices(state, tensor):
     return tensor
 
 def train_step(state, batch):
-    """One step of AdamW and of the average. -> the norm of the gradient, a tensor on the device.
+    """One step of optimiser and average. -> the norm of the gradient, a tensor on the device.
 
     batch: of training_batch. Nothing is fetched from the device here, but for the first step.
     """

@@ -325,6 +325,24 @@ CASES = [dict(sizes=9, span=4, noise=0.003), dict(sizes=9, span=8, noise=0.001),
          dict(sizes=9, span=8, noise=0.003, nested=True, correlation=0.7)]
 
 
+def test_the_run_that_carries_the_law_is_named():
+    """The smallest run is 1% too good at all budgets, which bends all parabolas the same way."""
+    records = grid(noise=0.0005, correlation=0.7, nested=True)
+    honest = line_of_N(fit.points_of(records)).lines["N"].exponent
+    first = min(record["N"] for record in records)
+    for record in records:
+        if record["N"] == first:
+            record["loss"] *= 0.99
+    law = told(records)
+    rows = {row["N"]: row for row in law["runs_left_out"]}
+    others = fit.points_of([record for record in records if record["N"] != first])
+    assert len(rows) == law["runs"] == 9
+    assert rows[first]["exponent_N"] == pytest.approx(line_of_N(others).lines["N"].exponent)
+    assert abs(law["N_opt"]["exponent"] - honest) > 0.01
+    (warning,) = [text for text in law["warnings"] if "the law hangs on it" in text]
+    assert f"without the run {rows[first]['left_out']} the exponent of N* is" in warning
+
+
 def coverage(sets, resamples, **kwargs):
     """Share of intervals that hold the truth; median width over that of the line's t interval."""
     held, widths, t_widths = [], [], []

@@ -95,7 +95,7 @@ def test_500_steps_on_the_fast_path_end_within_seed_noise_of_the_plain_one(depth
         config = train.TrainConfig(seed=seed, precision=precision, compile=compile)
         torch.manual_seed(seed)
         network = DiT(ModelConfig(depth=depth, width=width), **data.shape)
-        optimizer = torch.optim.AdamW(network.parameter_groups(config.lr), betas=(0.9, 0.95), fused=True)
+        optimizer = train.make_optimizer(network, config)
         called = train.compiled(network, config) if compile == "on" else network
         losses = []
         for step in range(1, 501):

@@ -26,7 +26,7 @@ for width in map(int, sys.argv[1:] or (24, 40, 64)):
     config, data = train.TrainConfig(), load_data(DataConfig())
     model = DiT(ModelConfig(depth=2, width=width), **data.shape)
     weights, averages = list(model.parameters()), list(copy.deepcopy(model).requires_grad_(False).parameters())
-    optimizer = torch.optim.AdamW(model.parameter_groups(1e-3), betas=(0.9, 0.95), fused=True)
+    optimizer = train.make_optimizer(model, config)
     spent = {part: [] for part in PARTS}
     with open(os.devnull, "w") as log:
         for step in range(1, 81):
