@@ -131,7 +131,6 @@ def test_weights_and_batches_are_those_of_the_first_edition(now, name):
 
 # ---- laws ------------------------------------------------------------------------------------------
 
-EXACT_INTERVALS = False     # the resamples of the second edition are drawn from other seeds
 SKIPPED = {"source", "resamples", "gradient_norm", "starts", "starts_agree", "starts_discarded",
            "resamples_discarded", "crossing"}
 # The first edition searched the floor's exponent on a grid, to 1e-8, which its level magnifies.
@@ -139,16 +138,17 @@ FLOOR = re.compile(r"floor|predicted|error$")
 
 
 def assert_same_law(old, new, noise, path=""):
-    """Point estimates to 1e-9, parametric form and floors to 1e-6, intervals by EXACT_INTERVALS.
+    """Point estimates to 1e-9, parametric form and floors to 1e-6.
 
-    noise: of an interval's end, in widths, which the resamples leave.
+    noise: how far an interval's end may move, in widths: the first edition drew its resamples from
+    other seeds.
     """
     key = path.rsplit(".", 1)[-1]
     if key == "flags":     # the cubic's are gone
         old = [flag for flag in old if not flag.startswith("cubic")]
     if key in SKIPPED:
         return
-    if "ci95" in key and not EXACT_INTERVALS:
+    if "ci95" in key:
         assert (old is None) == (new is None), path
         if isinstance(old, dict):
             for name in old:
