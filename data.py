@@ -666,10 +666,10 @@ def to_pixels(image, resolution):
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"levels of mode {image.mode} that are not 16-bit")
-        # Mode I is 32 bits wide, whatever the file had: levels up to 255 are taken for 8-bit ones.
-        is_8bit = image.mode == "I" and levels.max() <= 255
+        # Wide files often hold the levels of 8- or 12-bit cameras, which would come out black.
+        white = min(full for full in (255, 4095, 65535) if levels.max() <= full)
         is_clear = levels == image.info.get("transparency")
-        levels = np.where(is_clear, 255, levels if is_8bit else levels // 257)
+        levels = np.where(is_clear, 255, levels.astype(np.int64) * 255 // white)
         image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

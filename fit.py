@@ -253,7 +253,7 @@ def without_repetitions(records, columns):
         other = first.setdefault(tuple(key), record)
         if other[columns["loss"]] != record[columns["loss"]]:
             raise Refused(f"{other['source']} and {record['source']} are duplicates with different "
-                          "losses and no seed to tell them apart")
+                          "losses: the same N, C and seed. If another flag differs, fit them apart")
     return list(first.values())
 
 def budget_index(records):
@@ -1324,14 +1324,20 @@ def compare(one, two, names, budgets):
                                                  / ab[0].lines[name].predict(C))})
     a, b = one.points.records[0], two.points.records[0]
     of_N, of_loss = sign(exponents[0]["B-A"]), sign(exponents[2]["B-A"])
-    parallel = {"value": None, "ci95": None, "reason": "the loss exponents do not differ within "
-                "their interval, the curves may be parallel"}
-    return {"A": names[0], "B": names[1], "exponents": exponents, "levels": levels, "C": C,
-            "crossing": pair.with_interval(crossing) if of_loss else parallel,
+    # Losses of other images, or over another C, can't be ranked: their exponents can.
+    unlike = [key for key in ("count", "data", "resolution") if a.get(key) != b.get(key)]
+    reason = "the loss exponents do not differ within their interval, the curves may be parallel"
+    if unlike:
+        reason = f"the losses can't be ranked, because {' and '.join(unlike)} differ"
+    meet = of_loss and not unlike
+    return {"A": names[0], "B": names[1], "exponents": exponents, "C": C,
+            "levels": [row for row in levels if not unlike or row["level of"] != "loss"],
+            "crossing": pair.with_interval(crossing) if meet else
+            {"value": None, "ci95": None, "reason": reason},
             "multiplier": [{"C": C, **pair.with_interval(partial(compute_multiplier, C=C))}
-                           for C in budgets],
-            "warnings": [f"{key} differs ({a.get(key)} and {b.get(key)}): the axes do not mean the "
-                         "same" for key in ("count", "resolution") if a.get(key) != b.get(key)],
+                           for C in budgets if not unlike],
+            "warnings": [f"{key} differs ({a.get(key)} and {b.get(key)}): compare exponents only"
+                         for key in unlike],
             "reading": reading(a, b, of_N, of_loss)}
 
 def crossing(pair):

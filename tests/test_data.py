@@ -501,6 +501,13 @@ def test_sixteen_bits_keep_orientation_transparency_and_light():
     assert data.to_pixels(dim, 16)[..., 0].max() == 255     # 32 bits wide, 8-bit levels
 
 
+@pytest.mark.parametrize("white", [255, 4095, 65535])
+def test_a_wide_file_with_the_levels_of_a_narrow_camera_is_not_black(white):
+    levels = np.linspace(0, white, 256).astype(np.uint16).reshape(16, 16)
+    read = data.to_pixels(Image.open(io.BytesIO(picture_file(Image.fromarray(levels)))), 16)
+    assert np.abs(read[..., 0].ravel().astype(int) - np.arange(256)).max() <= 1
+
+
 def test_a_failing_disk_is_not_a_skipped_row(tmp_path, monkeypatch):
     Image.fromarray(np.full((16, 16, 3), 77, np.uint8)).save(tmp_path / "a.png")
 

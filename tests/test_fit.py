@@ -798,7 +798,7 @@ def test_the_nearest_shape_keeps_the_aspect():
 def test_compare_finds_multiplier_crossing_and_what_cannot_be_told(tmp_path, capsys):
     """B's exponent is steeper by 0.01, and its loss that of A at the crossing."""
     crossing, a = 5e11, sweep(tmp_path / "a", noise=0.001)
-    b = sweep(tmp_path / "b", noise=0.001, g_shift=0.01, factor=crossing**0.01, data="better",
+    b = sweep(tmp_path / "b", noise=0.001, g_shift=0.01, factor=crossing**0.01, captions="better",
               budgets=tuple(np.geomspace(2e11, 8e12, 6)))
     assert run(a, "--compare", b, "--bootstrap", 100, "--out", a / "law") == 0
     found = law_json(a / "law")["comparisons"][0]
@@ -814,6 +814,16 @@ def test_compare_finds_multiplier_crossing_and_what_cannot_be_told(tmp_path, cap
     assert same["multiplier"][0]["value"] == pytest.approx(1.05**-10, rel=0.02)
     assert same["crossing"]["value"] is None and "parallel" in same["crossing"]["reason"]
     assert "cannot tell" in same["reading"]
+
+
+def test_losses_of_other_images_are_not_ranked(tmp_path):
+    folders = [sweep(tmp_path / name, noise=0.001, data=name) for name in ("cats", "dogs")]
+    one, two = (fit.fit(fit.read([folder]), resamples=30) for folder in folders)
+    found = fit.compare(one, two, "ab", [1e12])
+    assert found["multiplier"] == [] and found["crossing"]["value"] is None
+    assert "can't be ranked, because data differ" in found["crossing"]["reason"]
+    assert [row["level of"] for row in found["levels"]] == ["N*", "D*"]
+    assert len(found["exponents"]) == 3 and "data differs (cats and dogs)" in found["warnings"][0]
 
 
 def test_several_laws_are_compared_in_one_table_and_one_picture(tmp_path, capsys):
