@@ -1328,7 +1328,7 @@ def compare(one, two, names, budgets):
     unlike = [key for key in ("count", "data", "resolution") if a.get(key) != b.get(key)]
     reason = "the loss exponents do not differ within their interval, the curves may be parallel"
     if unlike:
-        reason = f"the losses can't be ranked, because {' and '.join(unlike)} differ"
+        reason = f"the losses can't be ranked: not the same {' and '.join(unlike)}"
     meet = of_loss and not unlike
     return {"A": names[0], "B": names[1], "exponents": exponents, "C": C,
             "levels": [row for row in levels if not unlike or row["level of"] != "loss"],

@@ -821,7 +821,7 @@ def test_losses_of_other_images_are_not_ranked(tmp_path):
     one, two = (fit.fit(fit.read([folder]), resamples=30) for folder in folders)
     found = fit.compare(one, two, "ab", [1e12])
     assert found["multiplier"] == [] and found["crossing"]["value"] is None
-    assert "can't be ranked, because data differ" in found["crossing"]["reason"]
+    assert "can't be ranked: not the same data" in found["crossing"]["reason"]
     assert [row["level of"] for row in found["levels"]] == ["N*", "D*"]
     assert len(found["exponents"]) == 3 and "data differs (cats and dogs)" in found["warnings"][0]
 
