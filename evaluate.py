@@ -150,7 +150,7 @@ class Subject:
     def samples(self, index, guidance):
         """Samples x for the captions of validation images `index` (B,)."""
         return train.sample_data(self.models["ema"], self.data, self.precision, index,
-                                 self.config.steps, "heun", guidance, self.config.seed)
+                                 self.config.steps, guidance, self.config.seed)
 
 # ---- feature networks: the spaces in which images are compared -----------------------------------
 

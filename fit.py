@@ -888,7 +888,7 @@ def runs_left_out(points):
         kept = points.run != run
         rest = points.take(kept)
         vertices = [parabola(rest, b) for b in range(len(points.budgets))]
-        lines = law_through(vertices, ["loss"], ["N", "D"]).lines
+        lines = law_through(vertices, [], ["N", "D", "loss"]).lines
         exponents = {f"exponent_{kind}": lines[name].exponent if lines[name].exists else None
                      for kind, name in (("N", "N"), ("D", "D"), ("L", "loss"))}
         first = points.records[np.flatnonzero(~kept)[0]]

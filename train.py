@@ -255,8 +255,7 @@ def validation_losses(model, data, n, precision, rank=0, world=1, first=None):
         dist.all_reduce(both)
     return both.cpu()[:, :first]
 
-def sample_data(model, data, precision, index, steps=16, solver="heun", guidance=3.0,
-                seed=VALIDATION_SEED):
+def sample_data(model, data, precision, index, steps=16, guidance=3.0, seed=VALIDATION_SEED):
     """Samples x for the captions of validation images `index` (B,), like x, not clipped.
 
     The noise of a sample depends on (seed, index) alone.
@@ -266,7 +265,7 @@ def sample_data(model, data, precision, index, steps=16, solver="heun", guidance
     noises = [torch.randn(shape, generator=seeded("sample", seed, i)) for i in index.tolist()]
     eps = torch.stack(noises).to(raw.device)                                        # (B, C, R, R)
     with autocast(raw.device, precision):
-        return flow.sample(model, eps, text, text_mask, steps, solver, guidance).float()
+        return flow.sample(model, eps, text, text_mask, steps, guidance=guidance).float()
 
 # ---- the folder of a run -------------------------------------------------------------------------
 
