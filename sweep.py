@@ -20,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
@@ -244,8 +245,10 @@ def time_steps(runs, threads):
                                          text_tokens=data_config.text_tokens,
                                          text_dim=input_shape(data_config)["text_dim"])
             plain = replace(config, compile="off", threads=config.threads or threads,
-                                        val_images=None)
+                            val_images=None)
             state = train.TrainState(model_config, data_config, plain)
+            if state.step_flops != run.step_flops:   # of latents that are not there yet
+                continue
             seconds = []
             for batch in train.batches(state, 1, 5):
                 start = time.perf_counter()
@@ -325,15 +328,19 @@ def progress(run):
             return json.loads(log.read().split(b"\n")[-2])["step"]
     return 0
 
-def train_one(run, gpus, threads, running):
+def train_one(run, gpus, threads, running, stopping):
     """Run train.py on the next free GPU, and once more if it fails. -> None, or why it failed.
 
     What it prints goes to output.txt in its folder. A second try mends a machine's passing trouble;
-    for bad input (status 2) there is none. running: {folder: process}, for whoever must end them.
+    for bad input (status 2) there is none, nor where the sweep is `stopping` (an Event).
+    running: {folder: process}, for whoever must end them.
     """
     os.makedirs(run.folder, exist_ok=True)
     gpu = gpus.get()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    # A run is one process, also where the sweep was started by a launcher of many.
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["OMP_NUM_THREADS"] = str(threads)
     environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}   # its only one: cuda:0
     command = [sys.executable, str(HERE / "train.py"), *run.arguments]
     if given(run.arguments, "threads") is None:
@@ -346,17 +353,17 @@ def train_one(run, gpus, threads, running):
             output.seek(0)
             said = output.read().strip().splitlines() or ["no output"]
         del running[run.folder]
-        if status in (0, 2):
+        if status in (0, 2) or stopping.is_set():
             break
     gpus.put(gpu)
-    if status:
+    if status and not stopping.is_set():
         tqdm.write(f"{run.name} failed (exit {status}): {said[-1]}")
         return said[-1]
 
 def run_all(runs, jobs, threads):
     """Train all runs, the longest first, `jobs` at a time. -> those that failed."""
     # A queue of GPU names, one for each job (None on a CPU): a run takes one and gives it back.
-    gpus, running = SimpleQueue(), {}
+    gpus, running, stopping = SimpleQueue(), {}, threading.Event()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpu_count(runs))))
     devices = visible.split(",") if gpu_count(runs) else [None]
     for job in range(jobs):
@@ -365,7 +372,8 @@ def run_all(runs, jobs, threads):
     # A long run that starts last would leave the other jobs idle at the end.
     waiting = sorted(runs, key=cost_of, reverse=True)
     pool = ThreadPoolExecutor(jobs)
-    futures = {pool.submit(train_one, run, gpus, threads, running): run for run in waiting}
+    futures = {pool.submit(train_one, run, gpus, threads, running, stopping): run
+               for run in waiting}
     with tqdm(total=100, desc="grid", unit="%", smoothing=0.02,
               mininterval=0.5 if sys.stderr.isatty() else 30,
               bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go{postfix}") as bar:
@@ -380,6 +388,7 @@ def run_all(runs, jobs, threads):
                                     f"now {names}", refresh=False)
                 bar.update(min(100, 100 * spent / total) - bar.n)
         finally:   # an interrupted sweep ends its runs, which go on with the same command
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(running.values()):
                 child.terminate()

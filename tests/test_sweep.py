@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,22 @@ def test_a_failing_run_is_tried_once_more_and_named(tmp_path, capsys, monkeypatc
     assert sorted(os.listdir(failed[0].folder)) == ["output.txt", "try1", "try2"]
     said = capsys.readouterr()
     assert "the reason" in said.out + said.err
+
+
+def test_an_ended_sweep_ends_its_runs_and_tries_none_again(tmp_path):
+    (tmp_path / "train.py").write_text(
+        "import os, sys, time\nfolder = sys.argv[sys.argv.index('--out') + 1]\n"
+        "open(os.path.join(folder, f'try{len(os.listdir(folder))}'), 'w')\ntime.sleep(100)\n")
+    script = f"import sweep, pathlib; sweep.HERE = pathlib.Path({str(tmp_path)!r}); sweep.main()"
+    process = subprocess.Popen([sys.executable, "-c", script, "--out", str(tmp_path / "out"), *SMALL, *FLAGS,
+                                "--jobs", "1"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("*/try1")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert [path.name for path in (tmp_path / "out").glob("*/try*")] == ["try1"]
 
 
 @pytest.mark.parametrize("aspect", [8, 16, 32])
